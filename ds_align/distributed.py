@@ -1,0 +1,140 @@
+"""Rank, world size, sums and agreement across ranks; torch.distributed only, no DeepSpeed.
+
+Every function works in one process without a process group: it then is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from ds_align.errors import DsAlignError
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+
+def environment_rank() -> int:
+    """The global rank as the launcher set it (0 without a launcher); needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_initialized() -> bool:
+    """Whether a process group is there; imports torch only when somebody else already has."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Global rank of this process."""
+    if not is_initialized():
+        return environment_rank()
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """Number of ranks of the process group (1 without one)."""
+    if not is_initialized():
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this rank prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Collective: every rank must call this."""
+    if is_initialized():
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def all_reduce_sum(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Collective: every rank must call this. Sums a float64 tensor over ranks; returns it on device.
+
+    values: float64 of any shape, on any device; device: where the process group's back end wants its tensors.
+    """
+    values = values.to(device)
+    if is_initialized():
+        import torch.distributed as dist
+
+        dist.all_reduce(values)
+    return values
+
+
+def all_reduce_max(value: float, device: torch.device) -> float:
+    """Collective: every rank must call this. Returns the largest value of all ranks."""
+    if not is_initialized():
+        return value
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return box.item()
+
+
+def broadcast_object(value: Result) -> Result:
+    """Collective: every rank must call this. Returns rank 0's value everywhere (picklable)."""
+    if not is_initialized():
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(action: Callable[[], Result]) -> Result:
+    """Collective: every rank must call this. Runs action on every rank; if it fails on one, it fails on all.
+
+    A file may be missing on one node only: without agreement the other ranks would wait in the next
+    collective until its time-out. Raises the error of the lowest failing rank, on every rank.
+    """
+    error: DsAlignError | None = None
+    result = None
+    try:
+        result = action()
+    except DsAlignError as caught:
+        error = caught
+    if not is_initialized() or world_size() == 1:
+        if error is not None:
+            raise error
+        return result
+    import torch.distributed as dist
+
+    found: list[DsAlignError | None] = [None] * world_size()
+    dist.all_gather_object(found, error)
+    for number, other in enumerate(found):
+        if other is not None:
+            if error is None:
+                raise type(other)(f"rank {number}: {other}")
+            raise error
+    return result
+
+
+def set_single_process_environment() -> None:
+    """Fills in what a launcher would have set, so that one process works in a shell or a notebook."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
