@@ -1,0 +1,41 @@
+"""What is legal but unwise: messages for the user, whose values are never changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ds_align.config.fields import BaseConfig
+
+# Above the first, full fine-tuning on preferences is outside the range that the papers and their
+# authors' recipes use (5e-7 to 5e-6); from the second on it usually destroys the model.
+HIGH_LEARNING_RATE = 5e-6
+DESTRUCTIVE_LEARNING_RATE = 1e-5
+
+
+def unwise_settings(config: BaseConfig) -> list[str]:
+    """A message for each value outside of its usual range, and for each that cannot have an effect."""
+    messages = [] if config.learning_rate_override else _unwise_learning_rate(config.learning_rate)
+    low, high = config.usual_beta
+    beta = getattr(config, "beta", low)
+    if not low <= beta <= high:
+        messages.append(f"beta={beta:g} is outside the usual range of {config.method}, {low:g} to {high:g}")
+    if config.max_steps is not None and config.warmup_steps > config.max_steps:
+        messages.append(
+            f"warmup_steps={config.warmup_steps} is more than max_steps={config.max_steps}: "
+            "the learning rate never reaches its peak"
+        )
+    for name in ("max_prompt_length", "max_completion_length"):
+        limit = getattr(config, name)
+        if limit is not None and limit >= config.max_length:
+            messages.append(f"{name}={limit} never applies: max_length={config.max_length} cuts first")
+    return messages
+
+
+def _unwise_learning_rate(rate: float) -> list[str]:
+    usual = "the usual range is 5e-7 to 5e-6; learning_rate_override says that it is meant"
+    if rate >= DESTRUCTIVE_LEARNING_RATE:
+        return [f"learning_rate={rate:g} usually destroys the model in full fine-tuning; {usual}"]
+    if rate > HIGH_LEARNING_RATE:
+        return [f"learning_rate={rate:g} is high for full fine-tuning; {usual}"]
+    return []
