@@ -1,0 +1,137 @@
+"""The shapes that data takes on its way: a tokenized preference, a packed micro-batch, a global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt with a chosen and a rejected completion; each field int32 [num_tokens], never empty."""
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """One prompt with a completion that is desirable or not.
+
+    kl_ids is the fixed mismatched completion y' of KTO's z0 (None: the row is left out of the mean).
+    """
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    desirable: bool
+    kl_ids: np.ndarray | None = None
+
+
+class Layout(StrEnum):
+    """How completions are laid out: shared prompts, a prompt copy each, or one padded row each."""
+
+    SHARED = "shared"
+    PLAIN = "plain"
+    PADDED = "padded"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Queries [start, stop) of a pack and the key ranges that they see.
+
+    Attention is causal, aligned at the bottom right: the last query sees every key.
+    """
+
+    query: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch: prompt groups laid out in one row (packed), or one completion a row (padded).
+
+    input_ids, position_ids: int64 [rows, width]; rows = 1 when packed.
+    attention_mask: int64 [rows, width] when padded, None when packed.
+    segments: the attention plan when packed, None when padded.
+    source_index: int64 [num_scored], positions in the flattened input whose hidden state predicts a label.
+    labels: int64 [num_scored], the completion tokens.
+    completion_index: int64 [num_scored], the batch's completion that each label belongs to.
+    completion_lengths: int64 [num_completions], scored tokens.
+    units: int64 [num_completions], the number of each completion in its global batch.
+    members: int64 [num_preferences, k], completions of each preference: (chosen, rejected) or (completion,).
+    desirable: bool [num_preferences] for unpaired data, else None.
+    rows: row numbers in the data set, one a preference.
+    num_tokens: real tokens that are computed; num_unshared_tokens: the same with a prompt copy a completion;
+    num_padded_tokens: what one padded row a completion would have computed.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    segments: tuple[Segment, ...] | None
+    source_index: torch.Tensor
+    labels: torch.Tensor
+    completion_index: torch.Tensor
+    completion_lengths: torch.Tensor
+    units: torch.Tensor
+    members: torch.Tensor
+    desirable: torch.Tensor | None
+    rows: tuple[int, ...]
+    num_tokens: int
+    num_unshared_tokens: int
+    num_padded_tokens: int
+    owner: GlobalBatch | None = None
+
+    @property
+    def num_completions(self) -> int:
+        """Completions whose tokens are scored here; 0 in a dummy pack."""
+        return self.completion_lengths.numel()
+
+    @property
+    def num_preferences(self) -> int:
+        """Pairs or examples trained here; 0 in a dummy pack and in packs that are only scored."""
+        return self.members.shape[0]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on a device."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(slots=True, eq=False)
+class GlobalBatch:
+    """One rank's part of an optimizer step, with the counts of the whole.
+
+    micro_batches: the same number on every rank (dummies where a rank has less).
+    reference_batches: this rank's completions in larger packs, for the reference.
+    kl_batches: (x, y') of KTO, scored by the policy without gradient before it trains; empty otherwise.
+    kl_units: int64 [num rows with a y' on this rank], units of y', one entry a row.
+    num_preferences, num_chosen_tokens, num_kl: over all ranks. num_units: completions of the global batch.
+    reference_logps: float64 [num_units], filled by the engine (NaN where another rank holds the unit).
+    kl: KTO's z0, a scalar, filled by the engine.
+    rank_imbalance: tokens of the fullest rank over the mean.
+    """
+
+    step: int
+    epoch: float
+    micro_batches: list[PackedBatch]
+    reference_batches: list[PackedBatch]
+    kl_batches: list[PackedBatch]
+    kl_units: torch.Tensor
+    num_preferences: int
+    num_chosen_tokens: int
+    num_kl: int
+    num_units: int
+    rank_imbalance: float = 1.0
+    num_oversized: int = 0
+    reference_logps: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    prepared: bool = False

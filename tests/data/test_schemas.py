@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from ds_align.data.readers import BadRow, Record
+from ds_align.data.schemas import Columns, Preference, count_text_hazards, parse_row, recognise_layout
+from ds_align.errors import DataError
+
+USER = {"role": "user", "content": "What is the capital of Egypt?"}
+GOOD = {"role": "assistant", "content": "Cairo."}
+WEAK = {"role": "assistant", "content": "Paris."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def parse(row, layout="pairs", **columns):
+    return parse_row(Record("data.jsonl:7", row), layout, Columns(**columns))
+
+
+def reason(row, layout="pairs", **columns):
+    result = parse(row, layout, **columns)
+    assert isinstance(result, BadRow), result
+    assert result.origin == "data.jsonl:7"
+    return result.reason
+
+
+def test_string_pairs_and_extra_columns():
+    row = parse({"prompt": "a", "chosen": "b", "rejected": "c", "score": 0.5, "annotator": {"id": [1]}})
+    assert row == Preference("data.jsonl:7", "a", ("b", "c"))
+
+
+def test_string_unpaired():
+    row = parse({"prompt": "a", "completion": "b", "label": 0, "kl_completion": "d"}, "unpaired")
+    assert row == Preference("data.jsonl:7", "a", ("b",), desirable=False, kl_completion="d")
+
+
+def test_the_column_map_renames():
+    row = parse({"question": "a", "good": "b", "bad": "c"}, prompt="question", chosen="good", rejected="bad")
+    assert (row.prompt, row.completions) == ("a", ("b", "c"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [WEAK]},
+        {"prompt": [SYSTEM, USER], "chosen": GOOD["content"], "rejected": WEAK["content"]},
+        {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, WEAK]},
+        {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, WEAK]},
+        {"prompt": USER["content"], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, WEAK]},
+        {"messages": [SYSTEM, USER], "chosen": GOOD, "rejected": WEAK},
+        {
+            "conversations": [
+                {"from": "system", "value": SYSTEM["content"]},
+                {"from": "human", "value": USER["content"]},
+            ],
+            "chosen": {"from": "gpt", "value": GOOD["content"]},
+            "rejected": {"from": "gpt", "value": WEAK["content"]},
+        },
+    ],
+)
+def test_every_conversational_form_gives_the_same_preference(row):
+    parsed = parse(row)
+    assert parsed.prompt == [SYSTEM, USER]
+    assert parsed.completions == ([GOOD], [WEAK])
+
+
+def test_a_plain_prompt_with_message_answers_is_a_user_turn():
+    assert parse({"prompt": USER["content"], "chosen": [GOOD], "rejected": [WEAK]}).prompt == [USER]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "completion": [GOOD], "label": True},
+        {"completion": [USER, GOOD], "label": True},
+        {"messages": [USER, GOOD], "label": True},
+        {
+            "conversations": [{"from": "human", "value": USER["content"]}],
+            "completion": GOOD["content"],
+            "label": 1,
+        },
+    ],
+)
+def test_every_conversational_unpaired_form_gives_the_same_preference(row):
+    assert parse(row, "unpaired") == Preference("data.jsonl:7", [USER], ([GOOD],), desirable=True)
+
+
+def test_equal_conversations_keep_their_last_message_as_the_answer():
+    row = parse({"chosen": [USER, GOOD], "rejected": [USER, GOOD]})
+    assert (row.prompt, row.completions) == ([USER], ([GOOD], [GOOD]))
+
+
+def test_keys_that_datasets_fills_with_none_are_dropped():
+    row = parse(
+        {"prompt": [{**USER, "name": None}], "chosen": [GOOD], "rejected": [WEAK], "tools": '[{"name": "f"}]'}
+    )
+    assert row.prompt == [USER]
+    assert row.tools == [{"name": "f"}]
+
+
+def test_token_ids_are_taken_as_int32():
+    row = parse({"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4], "prompt": "text is ignored"})
+    assert [ids.tolist() for ids in (row.prompt, *row.completions)] == [[1], [2, 3], [4]]
+    assert all(ids.dtype == np.int32 for ids in (row.prompt, *row.completions))
+    row = parse(
+        {"prompt_ids": [1], "completion_ids": [2], "label": True, "kl_completion_ids": [9]}, "unpaired"
+    )
+    assert (row.desirable, row.kl_completion.tolist()) == (True, [9])
+
+
+def test_a_missing_column_names_the_nearest_and_the_schema():
+    found = reason({"prompt": "a", "chosne": "b", "rejected": "c"})
+    assert "column 'chosen' is missing, found prompt, chosne, rejected, the nearest is 'chosne'" in found
+    assert "pairs need {prompt, chosen, rejected}" in found
+    assert "dataset_*_field" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"chosen": None}, "column 'chosen' is null, expected a string"),
+        ({"prompt": None}, "column 'prompt' is null"),
+        ({"chosen": 3}, "column 'chosen' holds int, expected a string or a list of messages"),
+        ({"chosen": " \n\t"}, "column 'chosen' is empty or white space"),
+        ({"rejected": ""}, "column 'rejected' is empty or white space"),
+        ({"rejected": []}, "column 'rejected' is an empty list"),
+        ({"rejected": ["a"]}, "a list of str, expected messages with role and content"),
+        ({"rejected": [{"role": "asistant", "content": "x"}]}, "role 'asistant', expected one of"),
+        ({"rejected": [{"role": "assistant", "content": None}]}, "whose content is NoneType"),
+        ({"rejected": [{"role": "assistant", "content": " "}]}, "column 'rejected' is empty or white space"),
+        ({"rejected": [GOOD, USER]}, "a completion has the roles ['assistant', 'user']"),
+        ({"prompt": [USER, GOOD]}, "the prompt ends with an assistant message"),
+        ({"chosen": "\ud800"}, "a lone surrogate (\\ud800 at character 0)"),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, WEAK]},
+            "do not begin with the text of the prompt column",
+        ),
+    ],
+)
+def test_bad_pairs_say_what_is_wrong(change, expected):
+    assert expected in reason({"prompt": "a", "chosen": "b", "rejected": "c", **change})
+
+
+@pytest.mark.parametrize("label", ["true", 2, 0.5, -1, None])
+def test_a_label_is_true_or_false(label):
+    assert "column 'label'" in reason({"prompt": "a", "completion": "b", "label": label}, "unpaired")
+
+
+@pytest.mark.parametrize(
+    "ids", [[], [-1], [1.5], [2**31], [2**70], [[1], [2]], [[1], [2, 3]], "1 2", [True, False], ["1"]]
+)
+def test_bad_token_ids(ids):
+    assert "column 'chosen_ids'" in reason({"prompt_ids": [1], "chosen_ids": ids, "rejected_ids": [4]})
+
+
+def test_incomplete_token_ids_name_the_column():
+    assert "column 'rejected_ids' is missing" in reason({"prompt_ids": [1], "chosen_ids": [2]})
+
+
+def rows_of(*rows):
+    return [Record(f"data.jsonl:{line}", row) for line, row in enumerate(rows, 1)]
+
+
+def test_layouts_are_recognised_by_the_columns_of_most_rows():
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    single = {"prompt": "a", "completion": "b", "label": True}
+    assert recognise_layout(rows_of(pair, pair, single), "pairs", Columns(), "d") == "pairs"
+    assert recognise_layout(rows_of(pair), "unpaired", Columns(), "d") == "pairs"
+    assert recognise_layout(rows_of(single), "unpaired", Columns(), "d") == "unpaired"
+    assert recognise_layout(rows_of({"x": 1}), "unpaired", Columns(), "d") == "unpaired"
+    with pytest.raises(
+        DataError, match="d: the rows are unpaired.*train with method kto, or give paired data"
+    ):
+        recognise_layout(rows_of(single), "pairs", Columns(), "d")
+
+
+def test_hazards_are_counted_and_arabic_marks_are_not():
+    counts: Counter[str] = Counter()
+    for text in ("\u202eabc", "می\u200cروم \u200fنعم\u200e \u061c", "a\0b", "plain"):
+        count_text_hazards(Preference("x", text, ("b", "c")), counts)
+    assert counts == Counter(rows_with_bidi_controls=1, rows_with_nul=1)
