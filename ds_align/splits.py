@@ -1,0 +1,102 @@
+"""Which preferences train and which evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ds_align import distributed
+from ds_align.config import METHODS, BaseConfig
+from ds_align.data import PreferenceDataset, available_splits, load_preferences
+from ds_align.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+    DataSource = str | PathLike[str] | Sequence[Mapping[str, Any]] | datasets.Dataset
+else:
+    DataSource = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The data of a run.
+
+    eval_set: "given", "split", "held_out", "train" (asked for without evaluation data) or None.
+    """
+
+    train: PreferenceDataset
+    evaluation: PreferenceDataset | None
+    eval_set: str | None
+    messages: tuple[str, ...]
+
+
+def load_splits(
+    config: BaseConfig,
+    tokenizer: object,
+    train_dataset: DataSource | None = None,
+    eval_dataset: DataSource | None = None,
+) -> Splits:
+    """Reads and tokenizes the training and the evaluation preferences.
+
+    Evaluation data is the argument, else eval_dataset_path, else the validation or test split of the training
+    data, else rows held out by eval_fraction, else the training rows where eval_steps or eval_on_start asks
+    for evaluations. Raises ConfigError without training data, DataError for data that cannot be used, and
+    where there are fewer training rows than ranks.
+    """
+    source = train_dataset if train_dataset is not None else config.dataset_path
+    if source is None:
+        raise ConfigError("dataset_path is missing; give --dataset_path FILE")
+    names = available_splits(source)
+    train = load(config, tokenizer, source, "train" if "train" in names else None)
+    evaluation, eval_set = None, None
+    given = eval_dataset if eval_dataset is not None else config.eval_dataset_path
+    held_out = next((name for name in ("validation", "test") if name in names), None)
+    if given is not None:
+        evaluation, eval_set = load(config, tokenizer, given), "given"
+    elif held_out is not None:
+        evaluation, eval_set = load(config, tokenizer, source, held_out), "split"
+    elif config.eval_fraction > 0:
+        train, evaluation = _hold_out(train, config)
+        eval_set = "held_out"
+    messages = [message for data in (train, evaluation) if data is not None for message in data.notes]
+    if config.eval_fraction > 0 and eval_set != "held_out":
+        messages.append(
+            f"eval_fraction={config.eval_fraction} holds nothing out: there is evaluation data ({eval_set})"
+        )
+    if evaluation is None and (config.eval_steps is not None or config.eval_on_start):
+        evaluation, eval_set = train, "train"
+        messages.append("no evaluation data was given; evaluating on the training rows")
+    if len(train) < distributed.world_size():
+        raise DataError(
+            f"{train.name}: {len(train)} usable rows for {distributed.world_size()} ranks; "
+            "every rank needs at least one: start fewer processes or give more data"
+        )
+    return Splits(train, evaluation, eval_set, tuple(dict.fromkeys(messages)))
+
+
+def load(
+    config: BaseConfig, tokenizer: object, source: DataSource, split: str | None = None
+) -> PreferenceDataset:
+    """Tokenizes one source for the config's method. Raises DataError."""
+    return load_preferences(
+        source, tokenizer=tokenizer, inputs=METHODS[config.method].inputs, config=config, split=split
+    )
+
+
+def _hold_out(data: PreferenceDataset, config: BaseConfig) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """Splits rows off by seed, in file order; whole prompts move, so that no prompt is on both sides."""
+    keys = np.unique(data.prompt_keys)
+    order = np.random.default_rng([config.seed, 0xE7A1]).permutation(keys)
+    num_held = max(1, round(config.eval_fraction * len(keys)))
+    if num_held >= len(keys):
+        raise DataError(
+            f"{data.name}: eval_fraction={config.eval_fraction} of {len(keys)} distinct prompts leaves no "
+            "training data; give more data or an eval_dataset_path"
+        )
+    held = np.isin(data.prompt_keys, order[:num_held])
+    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))

@@ -1,0 +1,189 @@
+"""The objective on numbers worked out by hand: sums, members, reference, z0 and the NLL's share."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, Unpaired
+from ds_align.config import METHODS, CPOConfig, DPOConfig, IPOConfig, KTOConfig, SimPOConfig
+from ds_align.objective import Objective, load_loss, sum_by_completion
+from ds_align.packing import Group, PreferenceTable, build_batch
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+# Units 0 (2 tokens), 1 (1), 2 (3) under one prompt; the second pair takes unit 2 over unit 1.
+PAIRS = [
+    Pair(ids(1), ids(2, 3), ids(4)),
+    Pair(ids(1), ids(5, 6, 7), ids(4)),
+]
+# Sums: unit 0: -1 - 2 = -3; unit 1: -4; unit 2: -1 - 1 - 1 = -3.
+TOKEN_LOGPS = [-1.0, -2.0, -4.0, -1.0, -1.0, -1.0]
+
+
+def pairs_batch() -> PackedBatch:
+    table = PreferenceTable.from_preferences(PAIRS)
+    return build_batch(table, [Group(0, (0, 1, 2), (0, 1), 7)], [0, 1], Layout.SHARED)
+
+
+def owner(**values: object) -> GlobalBatch:
+    """A global batch of 4 pairs with 10 chosen tokens, of which this micro-batch is a part."""
+    given = {
+        "step": 1,
+        "epoch": 0.0,
+        "micro_batches": [],
+        "reference_batches": [],
+        "kl_batches": [],
+        "kl_units": torch.zeros(0, dtype=torch.long),
+        "num_preferences": 4,
+        "num_chosen_tokens": 10,
+        "num_kl": 0,
+        "num_units": 3,
+    }
+    return GlobalBatch(**(given | values))
+
+
+def objective(config) -> Objective:
+    return Objective(METHODS[config.method], config)
+
+
+def log_sigmoid(value: float) -> float:
+    return -math.log1p(math.exp(-value))
+
+
+def losses(config, **values: object) -> list[float]:
+    output = objective(config)(pairs_batch(), torch.tensor(TOKEN_LOGPS), owner(**values))
+    return output.losses.tolist()
+
+
+REFERENCE = torch.tensor([-5.0, -4.5, -4.0], dtype=torch.float64)
+
+
+def test_dpo() -> None:
+    # Log-ratios by unit: -3+5 = 2, -4+4.5 = 0.5, -3+4 = 1. Gaps: 2 - 0.5 = 1.5 and 1 - 0.5 = 0.5.
+    found = losses(DPOConfig(beta=0.5), reference_logps=REFERENCE)
+    assert found == pytest.approx([-log_sigmoid(0.75), -log_sigmoid(0.25)])
+
+
+def test_dpo_without_a_reference() -> None:
+    # Gaps of the log-probs: -3+4 = 1, -3+4 = 1.
+    found = losses(DPOConfig(beta=0.5, reference_free=True))
+    assert found == pytest.approx([-log_sigmoid(0.5)] * 2)
+
+
+def test_ipo() -> None:
+    # Per token: 2/2 - 0.5/1 = 0.5 and 1/3 - 0.5 = -1/6; the target is 1/(2*0.5) = 1.
+    found = losses(IPOConfig(beta=0.5), reference_logps=REFERENCE)
+    assert found == pytest.approx([0.25, (7 / 6) ** 2])
+
+
+def test_cpo_adds_the_share_of_the_nll() -> None:
+    # NLL of the chosen: 3 and 3; a mean per token over 10 tokens, and the engine divides by 4 pairs:
+    # 0.5 * 4/10 * 3 = 0.6 each.
+    found = losses(CPOConfig(beta=0.5, cpo_alpha=0.5))
+    assert found == pytest.approx([-log_sigmoid(0.5) + 0.6] * 2)
+    assert losses(CPOConfig(beta=0.5, cpo_alpha=0.0)) == pytest.approx([-log_sigmoid(0.5)] * 2)
+
+
+def test_simpo_adds_its_sft_term() -> None:
+    # Per token: -1.5 + 4 = 2.5 and -1 + 4 = 3; beta 2, gamma = 2 * 0.5 = 1: u = 4 and 5.
+    plain = [-log_sigmoid(4.0), -log_sigmoid(5.0)]
+    assert losses(SimPOConfig()) == pytest.approx(plain)
+    # 1 * 4/10 * 3 = 1.2.
+    assert losses(SimPOConfig(sft_weight=1.0)) == pytest.approx([value + 1.2 for value in plain])
+
+
+def unpaired_batch() -> PackedBatch:
+    rows = [Unpaired(ids(1), ids(2, 3), True), Unpaired(ids(1), ids(4), False)]
+    table = PreferenceTable.from_preferences(rows)
+    return build_batch(table, [Group(0, (0, 1), (0, 1), 4)], [0, 1], Layout.SHARED)
+
+
+def test_kto() -> None:
+    # rho: -3+5 = 2 and -4+4.5 = 0.5; z0 = 1. Desirable: 2 (1 - sigma(0.5 * 1)); undesirable:
+    # 3 (1 - sigma(0.5 * (1 - 0.5))).
+    config = KTOConfig(beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
+    logps = torch.tensor(TOKEN_LOGPS[:3])
+    kl = torch.tensor(1.0, dtype=torch.float64)
+    output = objective(config)(unpaired_batch(), logps, owner(reference_logps=REFERENCE, kl=kl))
+    expected = [2 * (1 - 1 / (1 + math.exp(-0.5))), 3 * (1 - 1 / (1 + math.exp(-0.25)))]
+    assert output.losses.tolist() == pytest.approx(expected)
+    assert output.rewards.tolist() == pytest.approx([1.0, 0.25])
+    assert output.nll is None and output.chosen_rewards is None
+
+
+def test_kto_without_a_reference() -> None:
+    # rho = log pi: -3 and -4; z0 = -3.5.
+    config = KTOConfig(beta=1.0, use_ref_model=False)
+    output = objective(config)(unpaired_batch(), torch.tensor(TOKEN_LOGPS[:3]), owner(kl=torch.tensor(-3.5)))
+    assert output.losses.tolist() == pytest.approx([1 - 1 / (1 + math.exp(-0.5))] * 2)
+
+
+def test_the_gradient_reaches_every_token_of_its_completion() -> None:
+    # d loss / d gap = -sigma(-beta gap) beta: chosen tokens get it, rejected ones its negative; unit 1 is
+    # rejected twice. beta 0.5, gaps 1.5 and 0.5.
+    logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
+    output = objective(DPOConfig(beta=0.5))(pairs_batch(), logps, owner(reference_logps=REFERENCE))
+    output.losses.sum().backward()
+    first, second = (-0.5 / (1 + math.exp(0.5 * gap)) for gap in (1.5, 0.5))
+    expected = [first, first, -first - second, second, second, second]
+    assert logps.grad.tolist() == pytest.approx(expected)
+    assert not (output.nll.requires_grad or output.chosen_rewards.requires_grad)
+
+
+def test_rewards_nll_and_mean_logits() -> None:
+    mean_logits = torch.tensor([1.0, 3.0, 5.0, 0.0, 1.0, 2.0])
+    output = objective(DPOConfig(beta=0.5))(
+        pairs_batch(), torch.tensor(TOKEN_LOGPS), owner(reference_logps=REFERENCE), mean_logits
+    )
+    assert output.chosen_rewards.tolist() == pytest.approx([1.0, 0.5])
+    assert output.rejected_rewards.tolist() == pytest.approx([0.25, 0.25])
+    assert output.nll.tolist() == [3.0, 3.0]
+    assert output.mean_logits.tolist() == [2.0, 5.0, 1.0]
+
+
+def test_an_unprepared_batch_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="not prepared"):
+        losses(DPOConfig())
+    with pytest.raises(AssertionError, match="not prepared"):
+        objective(KTOConfig(use_ref_model=False))(unpaired_batch(), torch.zeros(3), owner())
+
+
+@pytest.mark.parametrize("config", [DPOConfig(), IPOConfig(), CPOConfig(), SimPOConfig(sft_weight=1.0)])
+def test_a_dummy_pack_has_no_losses_and_stays_attached(config) -> None:
+    batch = build_batch(PreferenceTable.from_preferences(PAIRS), (), (), Layout.SHARED)
+    logps = torch.zeros(0, requires_grad=True)
+    output = objective(config)(batch, logps, owner(reference_logps=REFERENCE), torch.zeros(0))
+    assert output.losses.shape == (0,)
+    output.losses.sum().backward()
+    assert logps.grad is not None
+
+
+def test_a_dummy_pack_of_kto() -> None:
+    rows = [Unpaired(ids(1), ids(2, 3), True)]
+    batch = build_batch(PreferenceTable.from_preferences(rows), (), (), Layout.SHARED)
+    logps = torch.zeros(0, requires_grad=True)
+    prepared = owner(reference_logps=REFERENCE, kl=torch.tensor(0.0))
+    objective(KTOConfig())(batch, logps, prepared).losses.sum().backward()
+    assert logps.grad is not None
+
+
+def test_long_completions_are_summed_in_float64() -> None:
+    # 4096 * -0.1 in float32 steps drifts by about 1e-3; the sum of the float32 value in float64 does not.
+    table = PreferenceTable.from_preferences([Unpaired(ids(1), np.zeros(4096, dtype=np.int32), True)])
+    batch = build_batch(table, [Group(0, (0,), (0,), 4097)], [0], Layout.SHARED)
+    total = sum_by_completion(torch.full((4096,), -0.1), batch)
+    assert total.dtype == torch.float64
+    assert total.item() == pytest.approx(4096 * float(np.float32(-0.1)), rel=1e-13)
+
+
+def test_losses_are_found_by_their_path() -> None:
+    from ds_align.losses import kto_loss
+
+    assert load_loss("ds_align.losses.kto:kto_loss") is kto_loss
