@@ -1,0 +1,206 @@
+"""What a run leaves beside its weights: metrics.jsonl, run_summary.json, the metadata and the config."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ds_align import distributed
+from ds_align.config import BaseConfig
+from ds_align.engine import AlignEngine
+from ds_align.errors import CheckpointError, ConfigError
+from ds_align.kernels import backend
+
+_PACKAGES = ("ds_align", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of the accelerator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * 1024 / 1e9
+
+
+class RunRecords:
+    """Writer of a run's records; only rank 0 writes, every rank may call."""
+
+    def __init__(self, directory: Path, config: BaseConfig) -> None:
+        self.directory = directory
+        self.config = config
+        self.summary: dict = {}
+        self.last: dict[str, float] = {}
+        self._file = None
+
+    @classmethod
+    def open(cls, directory: Path, config: BaseConfig) -> RunRecords:
+        """Claims the output directory.
+
+        Raises ConfigError where it already holds a run and overwrite_output_dir is not set, and
+        CheckpointError where it cannot be written.
+        """
+        records = cls(directory, config)
+        if not distributed.is_main():
+            return records
+        check_output_dir(directory, config)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            records.summary = {
+                "status": "running",
+                "method": config.method,
+                "run_name": config.run_name,
+                "started_at": _now(),
+            }
+            records._write_summary()
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another directory"
+            ) from error
+        return records
+
+    def start(self, engine: AlignEngine) -> None:
+        """Writes what is known once the models are loaded."""
+        if not distributed.is_main():
+            return
+        # Only now: a run that fails before it has loaded its data takes no earlier run's figures with it.
+        (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+        self.config.to_yaml(self.directory / "config.resolved.yaml")
+        self.summary |= {
+            "world_size": engine.world_size,
+            "zero_stage": engine.policy.zero_stage,
+            "backend": backend(),
+            "device": str(engine.device),
+            "layout": str(engine.layout),
+            "reference": "model" if engine.reference is not None else "none",
+            "num_steps": engine.num_steps,
+            "global_batch_size": engine.global_batch_size,
+            "train_rows": len(engine.train_data),
+            "data_counts": {name: int(value) for name, value in engine.train_data.counts.items()},
+            "eval_set": engine.eval_set,
+            "versions": {"python": platform.python_version(), **_versions()},
+        }
+        self._write_summary()
+
+    def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        """Appends one line to metrics.jsonl."""
+        self.last |= metrics
+        if not distributed.is_main():
+            return
+        if self._file is None:
+            self._file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 6), **metrics}) + "\n")
+        self._file.flush()
+
+    def final_metrics(self, training_loss: float, seconds: float) -> dict[str, float]:
+        """The last value of each logged metric, under the logged names and the usual summary names."""
+        summary_names = {
+            "preference_accuracy": "rewards/accuracies",
+            "chosen_rewards": "rewards/chosen",
+            "rejected_rewards": "rewards/rejected",
+            "reward_margin": "rewards/margins",
+        }
+        metrics = {"train_loss": training_loss, "train_runtime": seconds, **self.last}
+        metrics |= {name: self.last[key] for name, key in summary_names.items() if key in self.last}
+        return metrics
+
+    def finish(self, status: str, metrics: dict[str, float], **fields: object) -> None:
+        """Writes the last summary and the method's metadata."""
+        if not distributed.is_main():
+            return
+        if self._file is not None:
+            self._file.close()
+        self.summary |= {**fields, "metrics": metrics, "finished_at": _now(), "status": status}
+        if status == "completed":
+            self._write_metadata()
+        self._write_summary()
+
+    def fail(self, error: BaseException) -> None:
+        """Writes that the run ended early, and why; never hides the error that it reports."""
+        if not distributed.is_main():
+            return
+        if self._file is not None:
+            self._file.close()
+        reason = f"{type(error).__name__}: {error}"
+        self.summary |= {"status": "failed", "error": reason, "finished_at": _now()}
+        with contextlib.suppress(OSError):
+            self._write_summary()
+
+    def _write_metadata(self) -> None:
+        """`{method}_metadata.json`: the method and the settings that shaped the model."""
+        config = self.config
+        reference = config.ref_model_name or config.model_name_or_path
+        metadata = {
+            "training_method": config.method,
+            **{name: getattr(config, name) for name in _method_fields(config)},
+            "max_prompt_length": config.max_prompt_length,
+            "max_length": config.max_length,
+            "model_name": config.model_name_or_path,
+            "ref_model_name": reference if config.needs_reference else None,
+            "training_completed_at": _now(),
+        }
+        path = self.directory / f"{config.method}_metadata.json"
+        path.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+    def _write_summary(self) -> None:
+        # Replaced as a whole: a scheduler that reads it must never see half a file.
+        path = self.directory / "run_summary.json"
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def _method_fields(config: BaseConfig) -> list[str]:
+    return [name for name in type(config).model_fields if name not in BaseConfig.model_fields]
+
+
+def check_output_dir(directory: Path, config: BaseConfig) -> None:
+    """Raises what a run in this directory would raise; writes nothing.
+
+    ConfigError where it holds a run that overwrite_output_dir does not give up or a model that the run reads;
+    CheckpointError where it cannot be written.
+    """
+    for setting in ("model_name_or_path", "ref_model_name"):
+        model = getattr(config, setting)
+        if model is not None and _same_directory(directory, model):
+            raise ConfigError(
+                f"output_dir={str(directory)!r} is the directory of {setting}; give another output_dir, "
+                "or its weights would be overwritten"
+            )
+    # A run that ended before its first figure left nothing that is worth protecting.
+    if (directory / "metrics.jsonl").exists() and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir={str(directory)!r} already holds a run (metrics.jsonl); "
+            "give another output_dir, or --overwrite_output_dir to replace it"
+        )
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        found = "is not a directory" if not there.is_dir() else "does not let you write"
+        raise CheckpointError(
+            f"output_dir={str(directory)!r} cannot be written ({there} {found}); give another directory"
+        )
+
+
+def _same_directory(directory: Path, model: str) -> bool:
+    return directory.exists() and Path(model).exists() and directory.samefile(model)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
