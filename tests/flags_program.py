@@ -1,0 +1,220 @@
+"""Trains tiny models under many settings in one process and writes down all that a setting could change.
+
+usage: flags_program.py WORK_DIRECTORY CASES.json RESULTS.json
+CASES: [{"key", "method", "settings"}]; RESULTS: key to the parts of fingerprint(), {"error": "Class: text"}
+or {"crash": traceback}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import io
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from ds_align.batch import Unpaired
+from ds_align.config import METHODS
+from ds_align.errors import DsAlignError
+from ds_align.trainer import Trainer
+from tests.distributed import tiny
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24}
+NUM_ROWS = 12
+REMOTE_CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class RemoteConfig(Qwen2Config):
+    model_type = "tiny_remote"
+
+
+class RemoteModel(Qwen2ForCausalLM):
+    config_class = RemoteConfig
+"""
+
+
+def write_models(work: Path) -> None:
+    """policy, reference, other (weights), dropout, swapped (tokenizer), remote (code beside the weights)."""
+    for seed, name in enumerate(("policy", "reference", "other")):
+        tiny.write_model(work / name, seed=seed, **SIZES)
+    for name in ("dropout", "swapped", "remote"):
+        shutil.copytree(work / "policy", work / name)
+    edit_json(work / "dropout" / "config.json", attention_dropout=0.5)
+    tokenizer = json.loads((work / "swapped" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["y"], vocabulary["n"] = vocabulary["n"], vocabulary["y"]
+    edit_json(work / "swapped" / "tokenizer.json", model=tokenizer["model"])
+    classes = {"AutoConfig": "remote.RemoteConfig", "AutoModelForCausalLM": "remote.RemoteModel"}
+    edit_json(work / "remote" / "config.json", model_type="tiny_remote", auto_map=classes)
+    (work / "remote" / "remote.py").write_text(REMOTE_CODE)
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def write_data(work: Path) -> None:
+    pairs = tiny.text_pairs(NUM_ROWS)
+    singles = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen" if number % 3 else "rejected"],
+            "label": number % 3 > 0,
+        }
+        for number, row in enumerate(pairs)
+    ]
+    tiny.write_jsonl(work / "pairs.jsonl", pairs)
+    tiny.write_jsonl(work / "unpaired.jsonl", singles)
+    tiny.write_jsonl(work / "heldout.jsonl", tiny.text_pairs(5))
+    tiny.write_jsonl(work / "bad.jsonl", [*pairs, {"prompt": "a row without answers"}])
+    for field in ("prompt", "chosen", "rejected"):
+        tiny.write_jsonl(work / f"renamed_{field}.jsonl", [rename(row, field) for row in pairs])
+    for field in ("completion", "label"):
+        tiny.write_jsonl(work / f"renamed_{field}.jsonl", [rename(row, field) for row in singles])
+    chats = [{name: as_messages(name, text) for name, text in row.items()} for row in pairs]
+    tiny.write_jsonl(work / "chats.jsonl", chats)
+    (work / "split.json").write_text(json.dumps({"train": pairs, "validation": tiny.text_pairs(5)}))
+    (work / "used").mkdir()
+    (work / "used" / "metrics.jsonl").write_text("{}\n")
+
+
+def rename(row: dict, field: str) -> dict:
+    return {f"my_{name}" if name == field else name: value for name, value in row.items()}
+
+
+def as_messages(name: str, text: str) -> list[dict]:
+    return [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+
+
+def run_case(method: str, settings: dict, number: int, work: Path) -> dict:
+    """The fingerprint of one training run, or the error that refused it."""
+    printed = io.StringIO()
+    trainer = None
+    try:
+        config = METHODS[method].config(**({"output_dir": str(work / f"run_{number}")} | settings))
+        trainer = Trainer(config)
+        with contextlib.redirect_stdout(printed):
+            engine = trainer.setup()
+            calls = count_layer_calls(engine)
+            trainer.train()
+            return fingerprint(trainer, len(calls)) | {"printed": printed.getvalue()}
+    except DsAlignError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    except Exception:  # noqa: BLE001 - one crash must not hide the other runs
+        return {"crash": traceback.format_exc()}
+    finally:
+        if trainer is not None and trainer.engine is not None:
+            tiny.destroy(trainer.engine)
+
+
+def count_layer_calls(engine: object) -> list[int]:
+    """Grows by one whenever the first layer's attention runs with gradients on, recomputation included."""
+    calls: list[int] = []
+
+    def note(*_: object) -> None:
+        if torch.is_grad_enabled():
+            calls.append(1)
+
+    engine.policy.module.model.model.layers[0].self_attn.register_forward_pre_hook(note)
+    return calls
+
+
+def fingerprint(trainer: Trainer, layer_calls: int) -> dict:
+    engine, directory = trainer.engine, trainer.output_dir
+    deepspeed_engine = engine.policy.engine
+    optimizer = deepspeed_engine.basic_optimizer
+    weights = dict(engine.policy.weights())
+    result = {
+        "output_dir": directory.name,
+        "files": sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()),
+        "weights": hash_weights(weights),
+        "weights_dtype": sorted({str(weight.dtype) for weight in weights.values()}),
+        "tokens": [row_tokens(row) for row in engine.train_data],
+        "train_rows": len(engine.train_data),
+        "eval_set": engine.eval_set,
+        "global_batch": engine.global_batch_size,
+        "layout": str(engine.layout),
+        "attention": engine.policy.module.model.config._attn_implementation,
+        "zero_stage": deepspeed_engine.zero_optimization_stage(),
+        "policy_ds": deepspeed_engine._config._param_dict,
+        "optimizer": [type(optimizer).__name__, {name: str(v) for name, v in optimizer.defaults.items()}],
+        "reference_ds": None if engine.reference is None else engine.reference.engine._config._param_dict,
+        "layer_calls": layer_calls,
+    }
+    return result | describe_plan(engine) | read_records(directory)
+
+
+def hash_weights(weights: dict) -> str:
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(name.encode() + weight.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def row_tokens(row: object) -> list:
+    if isinstance(row, Unpaired):
+        return [row.prompt_ids.tolist(), row.completion_ids.tolist(), row.desirable]
+    return [row.prompt_ids.tolist(), row.chosen_ids.tolist(), row.rejected_ids.tolist()]
+
+
+def describe_plan(engine: object) -> dict:
+    """The planned steps; planning is a function of the settings, so it can be asked again."""
+    steps = list(engine.batches())
+    evaluation = [] if engine.eval_data is None else list(engine.evaluation_batches(engine.eval_data))
+    return {
+        "micro_batches": [len(step.micro_batches) for step in steps],
+        "reference_packs": [len(step.reference_batches) for step in steps],
+        "step_tokens": [sum(micro.num_tokens for micro in step.micro_batches) for step in steps],
+        "order": [[row for micro in step.micro_batches for row in sorted(micro.rows)] for step in steps],
+        "eval_batches": len(evaluation),
+    }
+
+
+def read_records(directory: Path) -> dict:
+    """What metrics.jsonl and run_summary.json say, without anything that depends on the clock."""
+    if not (directory / "metrics.jsonl").is_file():
+        return {"status": None, "losses": [], "evaluations": []}
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in rows if "loss" in row]
+    evaluated = [row for row in rows if "eval_loss" in row]
+    summary = json.loads((directory / "run_summary.json").read_text())
+    return {
+        "logged_steps": [row["step"] for row in logged],
+        "epochs": [row["epoch"] for row in logged],
+        "losses": [row["loss"] for row in logged],
+        "grad_norms": [row["grad_norm"] for row in logged],
+        "first_loss": logged[0]["loss"],
+        "first_grad_norm": logged[0]["grad_norm"],
+        "learning_rates": [row["learning_rate"] for row in logged],
+        "evaluations": [row["step"] for row in evaluated],
+        "eval_losses": [row["eval_loss"] for row in evaluated],
+        "status": summary["status"],
+        "run_name": summary["run_name"],
+        "reference": summary["reference"],
+        "num_steps": summary["num_steps"],
+    }
+
+
+def main() -> None:
+    work, cases, results = map(Path, tiny.program_arguments())
+    write_models(work)
+    write_data(work)
+    # The libraries' objects stay: without them each collection is several times as fast.
+    gc.collect()
+    gc.freeze()
+    found = {}
+    for number, case in enumerate(json.loads(cases.read_text())):
+        text = json.dumps(case["settings"]).replace("WORK", str(work))
+        found[case["key"]] = run_case(case["method"], json.loads(text), number, work)
+    results.write_text(json.dumps(found, default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
