@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         KTOConfig,
         SimPOConfig,
     )
+    from ds_align.config.custom import method
     from ds_align.engine import AlignEngine
     from ds_align.trainer import DPOTrainer, PreferenceTrainer, SimPOTrainer, Trainer, TrainOutput
 
@@ -32,6 +33,7 @@ _LAZY = {
     "IPOConfig": "ds_align.config",
     "KTOConfig": "ds_align.config",
     "SimPOConfig": "ds_align.config",
+    "method": "ds_align.config.custom",
     "DPOTrainer": "ds_align.trainer",
     "PreferenceTrainer": "ds_align.trainer",
     "SimPOTrainer": "ds_align.trainer",
@@ -57,6 +59,7 @@ __all__ = [
     "SimPOTrainer",
     "TrainOutput",
     "Trainer",
+    "method",
 ]
 
 

@@ -5,6 +5,7 @@ Importing this package needs pydantic and yaml only, so that help and validation
 
 from __future__ import annotations
 
+from ds_align.config.base import BaseConfig
 from ds_align.config.cli import parse_command_line
 from ds_align.config.deepspeed import (
     derive_reference_config,
@@ -13,7 +14,6 @@ from ds_align.config.deepspeed import (
     zero_stage,
 )
 from ds_align.config.deepspeed_files import find_ds_config, read_ds_config
-from ds_align.config.fields import BaseConfig
 from ds_align.config.methods import (
     METHODS,
     CPOConfig,

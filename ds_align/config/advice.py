@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ds_align.config.fields import BaseConfig
+    from ds_align.config.base import BaseConfig
 
 # Above the first, full fine-tuning on preferences is outside the range that the papers and their
 # authors' recipes use (5e-7 to 5e-6); from the second on it usually destroys the model.
 HIGH_LEARNING_RATE = 5e-6
 DESTRUCTIVE_LEARNING_RATE = 1e-5
+# Adapters start at zero and have few weights: they take, and need, larger steps.
+HIGH_ADAPTER_LEARNING_RATE = 1e-4
 
 
 def unwise_settings(config: BaseConfig) -> list[str]:
     """A message for each value outside of its usual range, and for each that cannot have an effect."""
-    messages = [] if config.learning_rate_override else _unwise_learning_rate(config.learning_rate)
+    messages = [] if config.learning_rate_override else _unwise_learning_rate(config)
     low, high = config.usual_beta
     beta = getattr(config, "beta", low)
     if not low <= beta <= high:
         messages.append(f"beta={beta:g} is outside the usual range of {config.method}, {low:g} to {high:g}")
+    for name, form in (("robust", "sigmoid"), ("exo_pair", "exo_pair with 0.001")):
+        if name in getattr(config, "loss_types", ()) and not config.label_smoothing:
+            messages.append(
+                f"loss_type={name} with label_smoothing=0 is {form}; give the assumed share of swapped labels"
+            )
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
         messages.append(
             f"warmup_steps={config.warmup_steps} is more than max_steps={config.max_steps}: "
@@ -32,10 +40,20 @@ def unwise_settings(config: BaseConfig) -> list[str]:
     return messages
 
 
-def _unwise_learning_rate(rate: float) -> list[str]:
+def _unwise_learning_rate(config: BaseConfig) -> list[str]:
+    rate = config.learning_rate
+    if config.use_lora or _is_adapter(config.model_name_or_path):
+        if rate <= HIGH_ADAPTER_LEARNING_RATE:
+            return []
+        usual = "the usual range is 5e-6 to 1e-4; learning_rate_override says that it is meant"
+        return [f"learning_rate={rate:g} is high for LoRA; {usual}"]
     usual = "the usual range is 5e-7 to 5e-6; learning_rate_override says that it is meant"
     if rate >= DESTRUCTIVE_LEARNING_RATE:
         return [f"learning_rate={rate:g} usually destroys the model in full fine-tuning; {usual}"]
     if rate > HIGH_LEARNING_RATE:
         return [f"learning_rate={rate:g} is high for full fine-tuning; {usual}"]
     return []
+
+
+def _is_adapter(model: str | None) -> bool:
+    return model is not None and (Path(model) / "adapter_config.json").is_file()

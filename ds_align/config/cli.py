@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from ds_align.config.fields import BaseConfig
-from ds_align.config.load import Layer, build_config, choose_method, read_yaml
+from ds_align.config.base import BaseConfig
+from ds_align.config.custom import find_method
+from ds_align.config.load import Layer, build_config, choose_method, read_mapping, read_yaml
 from ds_align.config.methods import METHODS
 from ds_align.config.schema import describe_type, join_messages, nearest
 from ds_align.errors import EXIT_DONE, ConfigError
@@ -23,9 +24,13 @@ from ds_align.errors import EXIT_DONE, ConfigError
 # Appended to the script's arguments by the deepspeed launcher; the rank is read from the environment.
 LAUNCHER_FLAGS = ("local_rank",)
 COMMAND_FLAGS = ("method", "config", "help", *LAUNCHER_FLAGS)
+# What a flag means that stands alone, where it is no switch.
+BARE_VALUES = {"resume": "auto"}
 RUN_FLAGS = {
-    "method": f"The method: {', '.join(METHODS)}. Also `method:` in the YAML.",
+    "method": f"The method: {', '.join(METHODS)}, or a loss of your own as module:function or "
+    "file.py:function. Also `method:` in the YAML.",
     "config": "A YAML file with flags as keys.",
+    "loss_args": "Settings of the method itself as one mapping, like a flag for each: '{\"beta\": 0.2}'.",
     "local_rank": "Set by the deepspeed launcher.",
     "help": "Show this and stop; with --method, the settings of that method alone.",
 }
@@ -51,7 +56,8 @@ def parse_command_line(argv: Sequence[str]) -> BaseConfig:
     """
     tokens = split_flags(argv)
     if "help" in tokens.texts:
-        print_help(_text(tokens, "method"))
+        name = _text(tokens, "method")
+        print_help(find_method(name) if name is not None and ":" in name else name)
         raise SystemExit(EXIT_DONE)
     flags = Layer(problems=tokens.problems)
     for name in ("method", "config"):
@@ -67,7 +73,9 @@ def parse_command_line(argv: Sequence[str]) -> BaseConfig:
     config_class = METHODS[method].config
     _check_launcher_flags(tokens)
     for name, texts in tokens.texts.items():
-        if name not in COMMAND_FLAGS:
+        if name == "loss_args":
+            _read_loss_args(flags, texts[-1])
+        elif name not in COMMAND_FLAGS:
             _read_flag(flags, config_class, name, texts)
     return build_config(config_class, layers)
 
@@ -118,6 +126,8 @@ def _read_flag(flags: Layer, config_class: type[BaseConfig], name: str, texts: l
     flags.origins[name] = f"--{name}"
     known = config_class.model_fields.get(config_class.aliases.get(name, name))
     is_switch = name in ("bf16", "fp16") or (known is not None and known.annotation is bool)
+    if texts[-1] is None and config_class.aliases.get(name, name) in BARE_VALUES:
+        texts = [BARE_VALUES[config_class.aliases.get(name, name)]]
     if texts[-1] is None and known is not None and not is_switch:
         flags.problems.append(
             f"--{name}: expected {describe_type(known.annotation, known.metadata)} after it"
@@ -132,18 +142,27 @@ def _read_flag(flags: Layer, config_class: type[BaseConfig], name: str, texts: l
         flags.values[name] = parse_text(text, bool if is_switch else known.annotation)
 
 
+def _read_loss_args(flags: Layer, text: str | None) -> None:
+    flags.origins["loss_args"] = "--loss_args"
+    try:
+        flags.values["loss_args"] = read_mapping(text or "")
+    except ValueError as error:
+        expected = "expected a mapping, as in '{\"beta\": 0.2}'"
+        flags.problems.append(f"--loss_args: {text!r} is not valid JSON ({error}); {expected}")
+
+
 def parse_text(text: str, annotation: Any) -> Any:
     """Read a flag's text as `annotation`; a text that fits nothing stays text, for validation to refuse.
 
     "none" and "null" are None where the field takes None; a number wins over text; lists split at commas.
     """
-    item = _item_type(annotation)
-    if item is not None:
-        return [parse_text(part.strip(), item) for part in text.split(",")]
     kinds = _kinds(annotation)
     lowered = text.lower()
     if type(None) in kinds and lowered in ("none", "null"):
         return None
+    item = _item_type(annotation)
+    if item is not None:
+        return [parse_text(part.strip(), item) for part in text.split(",")]
     if bool in kinds and lowered in ("true", "false"):
         return lowered == "true"
     for kind in (int, float):

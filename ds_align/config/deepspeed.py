@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_align.config.base import BaseConfig
 from ds_align.config.deepspeed_files import read_ds_config
 from ds_align.config.deepspeed_keys import REFUSED_KEYS, SECTION_KEYS, TOP_LEVEL_KEYS
-from ds_align.config.fields import BaseConfig, Precision
+from ds_align.config.fields import Precision
 from ds_align.config.schema import join_messages, nearest
 from ds_align.errors import ConfigError
 

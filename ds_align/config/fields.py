@@ -6,10 +6,7 @@ TrainingArguments and TRL wherever the meaning is the same.
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,7 +18,6 @@ from ds_align.config.schema import (
     NonNegativeNumber,
     PathText,
     PositiveNumber,
-    Problem,
     Schema,
     Share,
     ShareBelowOne,
@@ -30,6 +26,12 @@ from ds_align.config.schema import (
 )
 
 Precision = Literal["float32", "bfloat16", "float16"]
+NllNormalization = Literal["token", "sequence", "sum"]
+BETA = "Strength of the pull towards the reference: the reward is beta times the log-ratio in nats."
+NLL_NORMALIZATION = (
+    "The NLL term is the mean per chosen token of the global batch (token, as usual in practice), the mean "
+    "over pairs of each completion's mean per token (sequence), or of its sum (sum, as in the CPO paper)."
+)
 ShardSize = Annotated[
     str, Field(pattern=r"^[1-9]\d*(\.\d+)?\s?[KMGT]i?B$"), Expects("a size such as 500MB or 5GB")
 ]
@@ -175,6 +177,9 @@ class OptimisationFields(Schema):
     adam_epsilon: PositiveNumber = Field(1e-8, description="AdamW: added to the denominator.")
     weight_decay: NonNegativeNumber = Field(0.0, description="Weight decay of every trained parameter.")
     max_grad_norm: NonNegativeNumber = Field(1.0, description="Largest norm of the gradient; 0: no clipping.")
+    router_aux_loss_coef: NonNegativeNumber = Field(
+        0.0, description="Weight of the load-balancing loss of a mixture-of-experts model."
+    )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(42, description="Seed of every random choice.")
 
     @rule("warmup_ratio", "warmup_steps")
@@ -189,6 +194,57 @@ class OptimisationFields(Schema):
         names = changed(self, "adam_beta1", "adam_beta2", "adam_epsilon")
         if self.optim == "sgd" and names:
             return f"{', '.join(names)}: optim=sgd has no such values; leave out or change optim"
+        return None
+
+
+class AdapterFields(Schema):
+    """Whether low-rank adapters are trained instead of the model's weights."""
+
+    group: ClassVar[str] = "Adapters"
+
+    use_lora: bool = Field(
+        False,
+        description="Train LoRA adapters (arXiv:2106.09685) and no other weight; the reference is the policy "
+        "with its adapters off. A model directory that holds an adapter is trained on without it, too.",
+    )
+    lora_r: Count = Field(16, description="LoRA: rank of the adapters.")
+    lora_alpha: PositiveNumber = Field(32, description="LoRA: the update is scaled by lora_alpha / lora_r.")
+    lora_dropout: ShareBelowOne = Field(
+        0.1, description="LoRA: dropout before the adapters; disable_dropout leaves it alone."
+    )
+    lora_target_modules: list[str] | None = Field(
+        None,
+        description="LoRA: names of the layers that get adapters; none: every linear layer but the head.",
+    )
+
+    @rule("use_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+    def _adapter_settings_need_adapters(self) -> str | None:
+        names = changed(self, "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        if names and not self.use_lora:
+            return f"{', '.join(names)} without effect: use_lora is false; set it or leave them out"
+        return None
+
+
+class SyncFields(Schema):
+    """Whether the reference follows the policy."""
+
+    group: ClassVar[str] = "Reference"
+
+    sync_ref_model: bool = Field(
+        False,
+        description="Move the reference towards the policy every ref_model_sync_steps steps "
+        "(TR-DPO, arXiv:2404.09656).",
+    )
+    ref_model_sync_steps: Count = Field(64, description="Optimizer steps between two moves.")
+    ref_model_mixup_alpha: Annotated[Share, Field(gt=0)] = Field(
+        0.9, description="The new reference is this times the policy plus the rest of the old reference."
+    )
+
+    @rule("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
+    def _sync_values_need_sync(self) -> str | None:
+        names = changed(self, "ref_model_sync_steps", "ref_model_mixup_alpha")
+        if names and not self.sync_ref_model:
+            return f"{', '.join(names)} without effect: sync_ref_model is false; set it or leave them out"
         return None
 
 
@@ -212,6 +268,31 @@ class EvaluationFields(Schema):
     max_shard_size: ShardSize = Field("5GB", description="Largest file of the saved weights.")
 
 
+class CheckpointFields(Schema):
+    """When the state of a run is written, and whether one is continued."""
+
+    group: ClassVar[str] = "Checkpoints"
+
+    save_steps: Count | None = Field(
+        None, description="Optimizer steps between two checkpoints; none: no checkpoint."
+    )
+    save_total_limit: Count | None = Field(
+        None, description="How many checkpoints are kept, the newest ones; none: all."
+    )
+    resume: PathText | None = Field(
+        None,
+        description="auto: continue from the newest whole checkpoint of output_dir, or start where there is "
+        "none; a checkpoint's directory: continue from it; none: start afresh. `--resume` alone is auto. "
+        "Alias: --resume_from_checkpoint.",
+    )
+
+    @rule("save_steps", "save_total_limit")
+    def _a_limit_needs_checkpoints(self) -> str | None:
+        if self.save_total_limit is not None and self.save_steps is None:
+            return f"save_total_limit={self.save_total_limit} without effect: save_steps is none; set it"
+        return None
+
+
 class SystemFields(Schema):
     """How the run uses the machine."""
 
@@ -229,147 +310,3 @@ class SystemFields(Schema):
     )
     dry_run: bool = Field(False, description="Check everything and show the plan; train nothing.")
     debug: bool = Field(False, description="Show the traceback of an error.")
-
-
-class BaseConfig(SystemFields, EvaluationFields, OptimisationFields, BatchFields, DataFields, ModelFields):
-    """Settings of one run, without those of a method; subclasses add the loss's parameters.
-
-    Fields are keyword arguments of the constructor, keys of a YAML file and flags of the command line.
-    Raises ConfigError (with every problem at once) for an unknown key, a wrong type, a value out of
-    range or a combination without meaning, at construction and at every assignment.
-    """
-
-    method: ClassVar[str] = ""
-    usual_beta: ClassVar[tuple[float, float]] = (0.0, float("inf"))
-
-    aliases: ClassVar[Mapping[str, str]] = {
-        "model_name": "model_name_or_path",
-        "dataset_name": "dataset_path",
-        "dataset_text_field": "dataset_prompt_field",
-        "max_seq_length": "max_length",
-        "save_directory": "output_dir",
-        "torch_dtype": "dtype",
-        "bf16": "dtype",
-        "fp16": "dtype",
-    }
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference model."""
-        return False
-
-    @property
-    def resolved_output_dir(self) -> str:
-        """output_dir, or `runs/<method>-<last part of the model's name>` where it is not given."""
-        if self.output_dir is not None:
-            return self.output_dir
-        model = posixpath.basename((self.model_name_or_path or "demo").replace("\\", "/").rstrip("/"))
-        return posixpath.join("runs", f"{self.method}-{model}")
-
-    def resolved_dtype(self, device: str) -> Precision:
-        """Return dtype, or the default of the device: float32 on "cpu", bfloat16 elsewhere.
-
-        A ds_config that turns bf16 or fp16 on decides where dtype is none; resolved_precision tells that.
-        """
-        return self.dtype or ("float32" if device == "cpu" else "bfloat16")
-
-    def warnings(self) -> list[str]:
-        """Return a message for each value that is legal but unwise; no value is ever changed."""
-        from ds_align.config.advice import unwise_settings
-
-        return unwise_settings(self)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a YAML file of this class's fields; `overrides` win over the file. Raises ConfigError."""
-        from ds_align.config.load import read_config
-
-        return read_config(cls, path, overrides)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write every field, and the method, so that from_yaml or --config gives an equal configuration."""
-        from ds_align.config.load import write_yaml
-
-        write_yaml(self, path)
-
-    @classmethod
-    def known_keys(cls) -> list[str]:
-        """Return every key that may be given: the fields, their aliases and `method`."""
-        return [*super().known_keys(), "method"]
-
-    @classmethod
-    def normalise(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        """Replace aliases by their fields; `method` may be given where it says what the class says."""
-        rest = dict(values)
-        problems = []
-        method = rest.pop("method", cls.method)
-        if method != cls.method:
-            message = (
-                f"method={method!r} is read only: {cls.__name__} is for {cls.method!r}; use the other class"
-            )
-            problems.append(Problem(("method",), message))
-        problems += merge_precision(rest)
-        by_field, spelled, more = super().normalise(rest)
-        if "dtype" not in values:
-            given = next((key for key in ("torch_dtype", "bf16", "fp16") if key in values), "dtype")
-            spelled.update({"dtype": given} if "dtype" in by_field else {})
-        return by_field, spelled, problems + more
-
-    @classmethod
-    def explain_unknown(cls, key: str, also: Iterable[str] = ()) -> str:
-        """Return the message for a key that is no field here; names the methods that do have it."""
-        owners = [other.method for other in BaseConfig.__subclasses__() if key in other.model_fields]
-        if owners:
-            return f"{key!r} is a setting of {', '.join(owners)}, not of {cls.method}"
-        return super().explain_unknown(key, also)
-
-    @rule("eval_fraction", "eval_dataset_path")
-    def _one_evaluation_set(self) -> str | None:
-        if self.eval_fraction and self.eval_dataset_path is not None:
-            return (
-                f"eval_fraction={self.eval_fraction} has no effect beside eval_dataset_path="
-                f"{self.eval_dataset_path!r}; give one of the two"
-            )
-        return None
-
-    @rule("ref_model_name", "ref_ds_config", "ref_batch_tokens")
-    def _reference_settings_need_a_reference(self) -> str | None:
-        names = changed(self, "ref_model_name", "ref_ds_config", "ref_batch_tokens")
-        if names and not self.needs_reference:
-            return (
-                f"{', '.join(names)} without effect: this {self.method} run has no reference model; leave out"
-            )
-        return None
-
-
-def merge_precision(values: dict[str, Any]) -> list[Problem]:
-    """Turn dtype, torch_dtype, bf16 and fp16 in `values` into one `dtype`, and return their disagreements.
-
-    `bf16: false` alone asks for float32, because the default on a GPU would be bfloat16; `fp16: false`
-    alone asks for nothing, because float16 is no default.
-    """
-    names = {"bf16": "bfloat16", "fp16": "float16"}
-    keys = [key for key in ("dtype", "torch_dtype", "bf16", "fp16") if key in values]
-    given = {key: values.pop(key) for key in keys}
-    problems = [
-        Problem((key,), f"{key}={given[key]!r} is not valid; expected true or false")
-        for key in names
-        if key in given and not isinstance(given[key], bool)
-    ]
-    wanted = {
-        key: names.get(key) or str(value).removeprefix("torch.")
-        for key, value in given.items()
-        if value is not None and not (key in names and value is not True)
-    }
-    denied = {key: names[key] for key in names if given.get(key) is False}
-    clash = [key for key, name in denied.items() if name in wanted.values()]
-    if len(set(wanted.values())) > 1 or clash:
-        said = ", ".join(f"{key}={given[key]}" for key in [*wanted, *clash])
-        problems.append(Problem((*wanted, *clash), f"{said} disagree about the precision; give one"))
-    elif wanted:
-        values["dtype"] = next(iter(wanted.values()))
-    elif "bf16" in denied:
-        values["dtype"] = "float32"
-    elif "dtype" in given:
-        values["dtype"] = given["dtype"]
-    return problems

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from ds_align.config.fields import BaseConfig
+from ds_align.config.base import BaseConfig
+from ds_align.config.custom import find_method
 from ds_align.config.methods import METHODS
 from ds_align.config.schema import Problem, join_messages, nearest
 from ds_align.errors import ConfigError
@@ -55,6 +56,15 @@ for _tag, _pattern in (
     ("null", r"~|null|Null|NULL|"),
 ):
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
+
+
+def read_mapping(text: str) -> Any:
+    """Read a flag's text as JSON or as YAML in one line. Raises ValueError."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(" ".join(problem.split())) from error
 
 
 def read_yaml(path: str | Path) -> Layer:
@@ -106,17 +116,27 @@ def _describe_yaml_error(path: str | Path, error: yaml.MarkedYAMLError) -> str:
 
 
 def choose_method(layers: list[Layer], default: str | None = None) -> str | None:
-    """Return the method that the last layer names; a missing or unknown one goes to its layer's problems."""
+    """Return the method that the last layer names; a missing or unknown one goes to its layer's problems.
+
+    Imports module:function or file.py:function. Raises ConfigError at once where that fails: without the
+    function nobody knows which other keys are right.
+    """
     for layer in reversed(layers):
         if "method" not in layer.values:
             continue
         name = layer.values["method"]
         if isinstance(name, str) and name in METHODS:
             return name
+        if isinstance(name, str) and ":" in name:
+            try:
+                return find_method(name)
+            except ConfigError as error:
+                raise ConfigError(f"{layer.origins['method']}: {error}") from error
         hint = nearest(str(name), METHODS)
         expected = ", ".join(METHODS)
         layer.problems.append(
-            f"{layer.origins['method']}: method={name!r} is unknown; expected {expected}{hint}"
+            f"{layer.origins['method']}: method={name!r} is unknown; expected {expected}{hint or '.'} "
+            "A loss of your own is given as module:function"
         )
         return None
     if default is None:
@@ -128,6 +148,7 @@ def build_config(config_class: type[Config], layers: list[Layer]) -> Config:
     """Merge the layers, later ones over earlier ones, and build; raise ConfigError with every problem."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    layers = [_spread_loss_args(config_class, layer) for layer in layers]
     messages = [message for layer in layers for message in layer.problems]
     for layer in layers:
         _lay_over(config_class, values, layer)
@@ -139,6 +160,14 @@ def build_config(config_class: type[Config], layers: list[Layer]) -> Config:
     if messages:
         raise ConfigError(join_messages(messages))
     return config
+
+
+def _spread_loss_args(config_class: type[BaseConfig], layer: Layer) -> Layer:
+    """The layer with loss_args taken apart, so that each argument meets those of other layers by its name."""
+    values = dict(layer.values)
+    problems = config_class.spread_loss_args(values)
+    origins = dict.fromkeys(values, layer.origins.get("loss_args", "")) | layer.origins
+    return Layer(values, origins, layer.problems + [_with_origin(problem, origins) for problem in problems])
 
 
 def _lay_over(config_class: type[BaseConfig], values: dict[str, Any], layer: Layer) -> None:
@@ -159,7 +188,7 @@ def read_config(config_class: type[Config], path: str | Path, overrides: Mapping
     """Read `path` as a configuration of `config_class`, with keyword overrides on top. Raises ConfigError."""
     layer = read_yaml(path)
     method = layer.values.get("method", config_class.method)
-    if method != config_class.method:
+    if method not in (config_class.method, config_class.import_path or config_class.method):
         layer.problems.append(
             f"{layer.origins['method']}: method={method!r}, but {config_class.__name__} is for "
             f"{config_class.method!r}; use the other class or change the file"
@@ -170,6 +199,6 @@ def read_config(config_class: type[Config], path: str | Path, overrides: Mapping
 
 def write_yaml(config: BaseConfig, path: str | Path) -> None:
     """Write the method and every field; read_config gives an equal configuration."""
-    values = {"method": config.method, **config.model_dump()}
+    values = {"method": config.import_path or config.method, **config.model_dump()}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
     Path(path).write_text(text, encoding="utf-8")

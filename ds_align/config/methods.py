@@ -5,17 +5,17 @@ Losses are imported at first use, so that help and validation need no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ds_align.config.fields import BaseConfig
-from ds_align.config.schema import NonNegativeNumber, PositiveNumber, Smoothing, rule
-
-BETA = "Strength of the pull towards the reference: the reward is beta times the log-ratio in nats."
+from ds_align.config.base import BaseConfig
+from ds_align.config.dpo import DPOConfig, nll_refusal
+from ds_align.config.fields import BETA, NLL_NORMALIZATION, NllNormalization
+from ds_align.config.schema import NonNegativeNumber, Number, PositiveNumber, Smoothing, rule
 
 
 def _default(field: str, value: Any) -> Any:
@@ -30,33 +30,6 @@ def _smoothing_refusal(loss_type: str, label_smoothing: float, legal: tuple[str,
             f"{' and '.join(legal)} only; set it to 0"
         )
     return None
-
-
-class DPOConfig(BaseConfig):
-    """Direct preference optimisation (arXiv:2305.18290)."""
-
-    method: ClassVar[str] = "dpo"
-    group: ClassVar[str] = "Method: dpo"
-    usual_beta: ClassVar[tuple[float, float]] = (0.01, 1.0)
-
-    beta: PositiveNumber = Field(0.1, description=BETA)
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="Form of the loss.")
-    label_smoothing: Smoothing = Field(
-        0.0, description="Assumed share of swapped labels; for loss_type sigmoid and ipo."
-    )
-    reference_free: bool = Field(False, description="Take the reference as uniform: no reference model.")
-    rpo_alpha: NonNegativeNumber = Field(
-        0.0, description="Weight of the NLL of the chosen completions (arXiv:2404.19733)."
-    )
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference model."""
-        return not self.reference_free
-
-    @rule("loss_type", "label_smoothing")
-    def _smoothing_is_defined(self) -> str | None:
-        return _smoothing_refusal(self.loss_type, self.label_smoothing, ("sigmoid", "ipo"))
 
 
 class IPOConfig(BaseConfig):
@@ -88,6 +61,9 @@ class KTOConfig(BaseConfig):
 
     learning_rate: NonNegativeNumber = _default("learning_rate", 1e-6)
     beta: PositiveNumber = Field(0.1, description=BETA)
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto", description="kto, or APO-zero of single completions (arXiv:2408.06266), which has no z0."
+    )
     desirable_weight: NonNegativeNumber = Field(1.0, description="Weight of desirable completions.")
     undesirable_weight: NonNegativeNumber = Field(1.0, description="Weight of undesirable completions.")
     use_ref_model: bool = Field(True, description="Compare with a reference model; false: log-probs alone.")
@@ -96,6 +72,20 @@ class KTOConfig(BaseConfig):
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference model."""
         return self.use_ref_model
+
+    @property
+    def needs_reference_point(self) -> bool:
+        """Whether the loss compares with z0, a mean over the global batch."""
+        return self.loss_type == "kto"
+
+    @rule("loss_type", "use_ref_model")
+    def _apo_needs_a_reference(self) -> str | None:
+        if self.loss_type == "apo_zero_unpaired" and not self.use_ref_model:
+            return (
+                "loss_type=apo_zero_unpaired with use_ref_model=False: it compares each completion with the "
+                "reference alone; set use_ref_model or loss_type=kto"
+            )
+        return None
 
     @rule("desirable_weight", "undesirable_weight")
     def _some_weight(self) -> str | None:
@@ -118,6 +108,20 @@ class CPOConfig(BaseConfig):
     )
     length_normalize: bool = Field(True, description="loss_type ipo: compare per-token means; false: sums.")
     cpo_alpha: NonNegativeNumber = Field(1.0, description="Weight of the NLL of the chosen completions.")
+    nll_normalization: NllNormalization = Field("token", description=NLL_NORMALIZATION)
+
+    refused_values: ClassVar[Mapping[tuple[str, str], str]] = {
+        ("loss_type", "simpo"): "CPO-SimPO is --method simpo with cpo_alpha set"
+    }
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the NLL term."""
+        return self.cpo_alpha
+
+    @rule("cpo_alpha", "nll_normalization")
+    def _nll_normalization_needs_nll(self) -> str | None:
+        return nll_refusal(self)
 
     @rule("loss_type", "label_smoothing")
     def _smoothing_is_defined(self) -> str | None:
@@ -153,7 +157,44 @@ class SimPOConfig(BaseConfig):
     label_smoothing: Smoothing = Field(
         0.0, description="Assumed share of swapped labels; for loss_type sigmoid."
     )
+    alpha: Number = Field(
+        0.0,
+        description="Shape of the reward (AlphaPO, arXiv:2501.03884); 0: the mean log-prob, as in SimPO.",
+    )
     sft_weight: NonNegativeNumber = Field(0.0, description="Weight of the NLL of the chosen completions.")
+    cpo_alpha: NonNegativeNumber = Field(
+        0.0, description="The same weight under CPO's name: setting it makes the loss CPO-SimPO."
+    )
+    nll_normalization: NllNormalization = Field("token", description=NLL_NORMALIZATION)
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the NLL term, under either of its names."""
+        return self.sft_weight + self.cpo_alpha
+
+    @property
+    def metric_aliases(self) -> dict[str, str]:
+        """SimPO's names of its own metrics."""
+        return {"sft_loss": "nll_loss", "simpo_loss": "loss"}
+
+    @rule("sft_weight", "cpo_alpha")
+    def _one_nll_weight(self) -> str | None:
+        if self.sft_weight and self.cpo_alpha:
+            return (
+                f"sft_weight={self.sft_weight} and cpo_alpha={self.cpo_alpha} are two names of one weight; "
+                "give one of the two"
+            )
+        return None
+
+    @rule("alpha", "loss_type")
+    def _alpha_is_defined(self) -> str | None:
+        if self.alpha and self.loss_type != "sigmoid":
+            return f"alpha={self.alpha} has no meaning for loss_type={self.loss_type}; only for sigmoid"
+        return None
+
+    @rule("sft_weight", "cpo_alpha", "nll_normalization")
+    def _nll_normalization_needs_nll(self) -> str | None:
+        return nll_refusal(self)
 
     @rule("loss_type", "label_smoothing")
     def _smoothing_is_defined(self) -> str | None:
@@ -164,17 +205,26 @@ class SimPOConfig(BaseConfig):
 class MethodSpec:
     """A method as data.
 
-    loss is "module:function"; loss_parameters are the config fields that the function takes as keywords;
-    nll_weight is the field that weighs the token-weighted NLL of the chosen completions, if there is one.
+    loss is "module:function", or the function itself; loss_parameters maps its keyword arguments to the
+    config attributes that they are read from. coupled: whether a preference's loss depends on the rest of the
+    global batch.
     """
 
     name: str
     config: type[BaseConfig]
     inputs: Literal["pairs", "unpaired"]
-    loss: str
-    loss_parameters: tuple[str, ...]
-    nll_weight: str | None = None
+    loss: str | Callable[..., Any]
+    loss_parameters: Mapping[str, str]
     needs_reference: Callable[[BaseConfig], bool] = attrgetter("needs_reference")
+    coupled: Callable[[BaseConfig], bool] = attrgetter("coupled")
+
+    def arguments(self, config: BaseConfig) -> dict[str, Any]:
+        """The loss function's keyword arguments."""
+        return {name: getattr(config, source) for name, source in self.loss_parameters.items()}
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -183,37 +233,39 @@ METHODS: dict[str, MethodSpec] = {
         config=DPOConfig,
         inputs="pairs",
         loss="ds_align.losses.dpo:dpo_loss",
-        loss_parameters=("beta", "loss_type", "label_smoothing", "reference_free"),
-        nll_weight="rpo_alpha",
+        loss_parameters={
+            "loss_type": "loss_types",
+            "loss_weights": "preference_weights",
+            **_same("beta", "label_smoothing", "reference_free", "f_divergence_type"),
+            **_same("f_alpha_divergence_coef", "discopop_tau"),
+        },
     ),
     "ipo": MethodSpec(
         name="ipo",
         config=IPOConfig,
         inputs="pairs",
         loss="ds_align.losses.ipo:ipo_loss",
-        loss_parameters=("beta", "length_normalize", "label_smoothing"),
+        loss_parameters=_same("beta", "length_normalize", "label_smoothing"),
     ),
     "kto": MethodSpec(
         name="kto",
         config=KTOConfig,
         inputs="unpaired",
         loss="ds_align.losses.kto:kto_loss",
-        loss_parameters=("beta", "desirable_weight", "undesirable_weight"),
+        loss_parameters=_same("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     ),
     "cpo": MethodSpec(
         name="cpo",
         config=CPOConfig,
         inputs="pairs",
         loss="ds_align.losses.cpo:cpo_loss",
-        loss_parameters=("beta", "loss_type", "label_smoothing", "length_normalize"),
-        nll_weight="cpo_alpha",
+        loss_parameters=_same("beta", "loss_type", "label_smoothing", "length_normalize"),
     ),
     "simpo": MethodSpec(
         name="simpo",
         config=SimPOConfig,
         inputs="pairs",
         loss="ds_align.losses.simpo:simpo_loss",
-        loss_parameters=("beta", "gamma_beta_ratio", "loss_type", "label_smoothing"),
-        nll_weight="sft_weight",
+        loss_parameters=_same("beta", "gamma_beta_ratio", "loss_type", "label_smoothing", "alpha"),
     ),
 }

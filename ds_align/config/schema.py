@@ -148,6 +148,8 @@ class Schema(BaseModel):
     )
 
     aliases: ClassVar[Mapping[str, str]] = {}
+    # What to say of a value that is often tried and belongs elsewhere, by (field, value).
+    refused_values: ClassVar[Mapping[tuple[str, str], str]] = {}
 
     def __init__(self, **values: Any) -> None:
         problems = self._fill(values)
@@ -214,6 +216,8 @@ class Schema(BaseModel):
     @classmethod
     def _explain_invalid(cls, name: str, key: str, value: Any) -> str:
         field = cls.model_fields[name]
+        if isinstance(value, str) and (name, value) in cls.refused_values:
+            return f"{key}={value!r} is not valid: {cls.refused_values[name, value]}"
         return f"{key}={value!r} is not valid; expected {describe_type(field.annotation, field.metadata)}"
 
     def _broken_rules(self, skip: set[str], spelled: Mapping[str, str]) -> list[Problem]:

@@ -277,6 +277,7 @@ def test_output_dir_is_derived_from_method_and_model() -> None:
     [
         (DPOConfig(learning_rate=1e-4), "destroys the model"),
         (DPOConfig(learning_rate=6e-6), "is high"),
+        (DPOConfig(learning_rate=2e-4, use_lora=True), "is high for LoRA"),
         (DPOConfig(beta=5), "outside the usual range of dpo"),
         (SimPOConfig(beta=0.1), "outside the usual range of simpo"),
         (DPOConfig(max_steps=5, warmup_steps=6), "never reaches its peak"),
@@ -291,6 +292,15 @@ def test_unwise_values_are_warned_about_and_kept(config: BaseConfig, part: str) 
     assert config.model_dump() == before
 
 
+def test_adapters_take_larger_learning_rates(tmp_path: Path) -> None:
+    """The limits of full fine-tuning are not theirs, whether use_lora or the model's directory says so."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for config in ({"use_lora": True}, {"model_name_or_path": str(tmp_path)}):
+        assert DPOConfig(learning_rate=1e-4, **config).warnings() == []
+        assert "for LoRA" in DPOConfig(learning_rate=1.1e-4, **config).warnings()[0]
+        assert DPOConfig(learning_rate=1, learning_rate_override=True, **config).warnings() == []
+
+
 @pytest.mark.parametrize("config_class", ALL_CONFIGS)
 def test_every_field_has_a_default_a_description_and_a_group(config_class: type[BaseConfig]) -> None:
     for name, info in config_class.model_fields.items():
@@ -300,12 +310,28 @@ def test_every_field_has_a_default_a_description_and_a_group(config_class: type[
         assert field_group(config_class, name), name
 
 
+# Settings of a method that its loss function does not take: reference, NLL term, weights of pairs and types.
+OF_THE_OBJECTIVE = {
+    "dpo": {"loss_type", "loss_weights", "ld_alpha", "use_weighting", "rpo_alpha", "nll_normalization"},
+    "ipo": set(),
+    "kto": {"use_ref_model"},
+    "cpo": {"cpo_alpha", "nll_normalization"},
+    "simpo": {"sft_weight", "cpo_alpha", "nll_normalization"},
+}
+
+
 def test_method_specs_name_fields_and_losses_that_exist() -> None:
     for name, spec in METHODS.items():
         assert (spec.name, spec.config.method) == (name, name)
-        fields = spec.config.model_fields
-        assert set(spec.loss_parameters) <= set(fields)
-        assert spec.nll_weight is None or spec.nll_weight in fields
+        config = spec.config()
+        arguments = spec.arguments(config)
+        assert list(arguments) == list(spec.loss_parameters)
+        for parameter, source in spec.loss_parameters.items():
+            assert source in type(config).model_fields or isinstance(getattr(type(config), source), property)
+            assert arguments[parameter] == getattr(config, source), (name, parameter)
+        # What is a field of the method alone reaches the loss, or is a matter of the objective.
+        own = set(spec.config.model_fields) - set(BaseConfig.model_fields)
+        assert own - set(spec.loss_parameters.values()) <= OF_THE_OBJECTIVE[name], name
     assert [METHODS[name].needs_reference(METHODS[name].config()) for name in METHODS] == [
         True,
         True,
@@ -321,14 +347,33 @@ def test_loss_functions_take_the_loss_parameters() -> None:
     # torch is imported in a process of its own, so that this file stays a test of a torch-free room.
     program = """
 import importlib, inspect
+import torch
 from ds_align.config import METHODS
+from ds_align.losses import Logps, PairedLogps, UnpairedLogps
+
+def logps(seed):
+    torch.manual_seed(seed)
+    return Logps(-10 * torch.rand(4), torch.tensor([3, 5, 2, 7]))
+
+inputs = {
+    "pairs": PairedLogps(*map(logps, range(4))),
+    "unpaired": UnpairedLogps(policy=logps(0), reference=logps(1), desirable=torch.tensor([True, False] * 2)),
+}
+# What is no setting: a state of the run, which the objective hands over.
+state = {"dpo": {"bco_delta"}}
 for spec in METHODS.values():
     module, name = spec.loss.split(":")
-    accepted = set(inspect.signature(getattr(importlib.import_module(module), name)).parameters) - {"logps"}
+    loss = getattr(importlib.import_module(module), name)
+    accepted = set(inspect.signature(loss).parameters) - {"logps"} - state.get(spec.name, set())
     assert accepted == set(spec.loss_parameters), (spec.name, accepted)
-    config = spec.config()
-    defaults = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    for parameter in spec.loss_parameters:
-        assert defaults[parameter].default == getattr(config, parameter), (spec.name, parameter)
+    arguments = spec.arguments(spec.config())
+    for parameter in accepted:
+        default = inspect.signature(loss).parameters[parameter].default
+        # A list of one type with its weight is that type alone.
+        forms = [default, [default], [1.0] if default is None else default]
+        assert arguments[parameter] in forms, (spec.name, parameter)
+    given, default = loss(inputs[spec.inputs], **arguments), loss(inputs[spec.inputs])
+    assert torch.equal(given.losses, default.losses), spec.name
 """
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

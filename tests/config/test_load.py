@@ -169,7 +169,7 @@ def test_flag_forms() -> None:
         (["--method", "dpo", "--max_steps"], "--max_steps: expected an integer >= 1 or none after it"),
         (["--method", "dpo", "--max_step", "5"], "unknown key 'max_step'; did you mean max_steps"),
         (["--method", "dpo", "--confg", "x"], "did you mean config or ds_config"),
-        (["--method", "dpo", "--cpo_alpha", "1"], "'cpo_alpha' is a setting of cpo, not of dpo"),
+        (["--method", "dpo", "--cpo_alpha", "1"], "'cpo_alpha' is a setting of cpo, simpo, not of dpo"),
         (["--method", "dpo", "--learning_rate", "-1e-6"], "--learning_rate: learning_rate=-1e-06"),
         (["--method", "dpo", "--prefix_sharing", "1"], "--prefix_sharing: prefix_sharing='1'"),
         (["--method", "dpo", "--bf16", "--fp16"], "--bf16, --fp16: bf16=True, fp16=True disagree"),
