@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .base import (
     LossOutput,
     PairedLogps,
@@ -36,21 +34,6 @@ def ipo_loss(
     check_beta("ipo_loss", beta)
     check_label_smoothing("ipo_loss", label_smoothing, legal=True)
     chosen, rejected = paired_log_ratios(logps, reference_free=False, where="ipo_loss")
-    return ipo_from_log_ratios(
-        logps, chosen, rejected, beta=beta, length_normalize=length_normalize, label_smoothing=label_smoothing
-    )
-
-
-def ipo_from_log_ratios(
-    logps: PairedLogps,
-    chosen: Tensor,
-    rejected: Tensor,
-    *,
-    beta: float,
-    length_normalize: bool,
-    label_smoothing: float,
-) -> LossOutput:
-    """ipo_loss on summed log-ratios [n] that are already there; lengths are the policy's."""
     if length_normalize:
         chosen = mean_per_token(chosen, logps.policy_chosen)
         rejected = mean_per_token(rejected, logps.policy_rejected)

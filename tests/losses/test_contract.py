@@ -92,6 +92,30 @@ def test_gradcheck(loss: Callable) -> None:
     assert torch.autograd.gradcheck(function, (batch.policy_chosen.total, batch.policy_rejected.total))
 
 
+@pytest.mark.parametrize("alpha", [-1.0, 0.25])
+def test_gradcheck_of_alphapo(alpha: float) -> None:
+    batch = pairs(4, torch.float64)
+
+    def function(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        length = batch.policy_chosen.length
+        policy = PairedLogps(Logps(chosen, length), Logps(rejected, length))
+        return simpo_loss(policy, alpha=alpha, label_smoothing=0.1).losses
+
+    assert torch.autograd.gradcheck(function, (batch.policy_chosen.total, batch.policy_rejected.total))
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_gradcheck_of_kto(loss_type: str) -> None:
+    batch = examples(4, torch.float64)
+
+    def function(total: torch.Tensor) -> torch.Tensor:
+        policy = Logps(total, batch.policy.length)
+        moved = UnpairedLogps(policy=policy, reference=batch.reference, desirable=batch.desirable, kl=0.2)
+        return kto_loss(moved, loss_type=loss_type, undesirable_weight=1.5).losses
+
+    assert torch.autograd.gradcheck(function, (batch.policy.total,))
+
+
 @paired
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_raised_before_any_arithmetic(loss: Callable, dtype: torch.dtype) -> None:

@@ -101,6 +101,73 @@ def test_kto_without_a_reference() -> None:
     assert output.rewards.tolist() == [-2.0]
 
 
+def test_kto_as_apo_zero() -> None:
+    # rho = 3 and -2, whatever z0 is. Desirable: 2 (1 - sigmoid(0.5 * 3)) = 2 * 0.1824255238.
+    # Undesirable: 3 sigmoid(0.5 * -2) = 3 * 0.2689414214.
+    examples = UnpairedLogps(
+        policy=logps((-7.0, 3), (-9.0, 2)),
+        reference=logps((-10.0, 3), (-7.0, 2)),
+        desirable=torch.tensor([True, False]),
+        kl=17.0,
+    )
+    output = kto_loss(
+        examples, beta=0.5, loss_type="apo_zero_unpaired", desirable_weight=2.0, undesirable_weight=3.0
+    )
+    assert output.losses.tolist() == pytest.approx([0.3648510476, 0.8068242641], abs=1e-9)
+    assert output.rewards.tolist() == pytest.approx([1.5, -1.0])
+
+
+def test_apo_zero_of_single_completions_adds_up_to_that_of_pairs() -> None:
+    # The chosen completions as desirable examples, the rejected ones as undesirable.
+    chosen, rejected = logps((-10.0, 4), (-3.0, 2)), logps((-20.0, 5), (-1.0, 2))
+    reference = logps((-12.0, 4), (-2.0, 2)), logps((-21.0, 5), (-4.0, 2))
+    parts = [
+        kto_loss(
+            UnpairedLogps(policy=policy, reference=ref, desirable=torch.tensor([label, label])),
+            beta=0.5,
+            loss_type="apo_zero_unpaired",
+        ).losses
+        for policy, ref, label in ((chosen, reference[0], True), (rejected, reference[1], False))
+    ]
+    pairs = dpo_loss(PairedLogps(chosen, rejected, *reference), beta=0.5, loss_type="apo_zero")
+    assert torch.equal(parts[0] + parts[1], pairs.losses)
+
+
+# Means -0.5 and -1 nats a token, mean probabilities e^-0.5 and e^-1.
+NEAR = PairedLogps(policy_chosen=logps((-1.0, 2)), policy_rejected=logps((-2.0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "chosen_reward", "rejected_reward"),
+    [
+        # alpha 0.5: 2 (1 - e^0.25)/0.5 = 4 * -0.2840254167 and 2 (1 - e^0.5)/0.5 = 4 * -0.6487212707;
+        # u = -1.1361016668 + 2.5948850828 - 1 = 0.4587834160
+        ({"alpha": 0.5}, 0.4898381938, -1.1361016668, -2.5948850828),
+        # 0.4898381938 + 0.1 * 0.4587834160
+        ({"alpha": 0.5, "label_smoothing": 0.1}, 0.5357165354, -1.1361016668, -2.5948850828),
+        # alpha -1: 2 (e^-0.5 - 1) and 2 (e^-1 - 1); u = -0.7869386806 + 1.2642411177 - 1 = -0.5226975629
+        ({"alpha": -1.0}, 0.9882657153, -0.7869386806, -1.2642411177),
+        # alpha 0 is SimPO: u = -1 + 2 - 1 = 0, log 2
+        ({"alpha": 0.0}, 0.6931471806, -1.0, -2.0),
+    ],
+)
+def test_alphapo(
+    settings: dict[str, float], loss: float, chosen_reward: float, rejected_reward: float
+) -> None:
+    output = simpo_loss(NEAR, **settings)
+    assert output.losses.tolist() == [pytest.approx(loss, abs=1e-9)]
+    assert output.chosen_rewards.tolist() == [pytest.approx(chosen_reward, abs=1e-9)]
+    assert output.rejected_rewards.tolist() == [pytest.approx(rejected_reward, abs=1e-9)]
+
+
+def test_alphapo_runs_into_simpo() -> None:
+    exact = simpo_loss(NEAR).losses.item()
+    # d loss/d alpha at 0 is -sigmoid(-u) * -beta (m_c^2 - m_r^2)/2 = -0.5 * -2 * (0.25 - 1)/2 = -0.375.
+    for alpha in (1e-2, 1e-4, 1e-8, 1e-12):
+        gap = simpo_loss(NEAR, alpha=alpha).losses.item() - exact
+        assert gap == pytest.approx(-0.375 * alpha, abs=alpha**2 + 1e-15)
+
+
 def test_kto_losses_keep_their_digits_where_the_sigmoid_saturates() -> None:
     # 1 - sigmoid(100) is e^-100 = 3.7e-44; as a difference it would be exactly 0 in float64.
     examples = UnpairedLogps(policy=logps((100.0, 3)), desirable=torch.tensor([True]))
