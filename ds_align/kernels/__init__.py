@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .collision import linear_log_collision, log_collision
 
-__all__ = ["backend", "linear_logprob", "logprob_gather"]
+__all__ = ["backend", "linear_log_collision", "linear_logprob", "log_collision", "logprob_gather"]
 
 IMPLEMENTATIONS = ("auto", "native", "torch")
 

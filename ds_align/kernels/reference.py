@@ -252,7 +252,7 @@ class _LogprobGather(torch.autograd.Function):
     @_without_autocast
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         online = OnlineLogSumExp(labels, accumulation_dtype(logits))
-        for rows, columns in _blocks(logits):
+        for rows, columns in logit_blocks(logits):
             # A copy even where the dtype is right already: the tile is overwritten.
             online.update_(rows, columns, logits[rows, columns].to(online.total.dtype, copy=True))
         logprobs = online.finish_()
@@ -266,7 +266,7 @@ class _LogprobGather(torch.autograd.Function):
         logits, labels, maximum, total = ctx.saved_tensors
         scaled = grad / total
         grad_logits = torch.empty_like(logits)
-        for rows, columns in _blocks(logits):
+        for rows, columns in logit_blocks(logits):
             tile = logits[rows, columns].to(total.dtype, copy=True)
             tile.sub_(maximum[rows].unsqueeze(1)).exp_().mul_(-scaled[rows].unsqueeze(1))
             grad_logits[rows, columns] = add_at_label_(tile, grad[rows], labels[rows], columns)
@@ -338,7 +338,8 @@ def token_chunks(hidden: Tensor) -> Iterator[slice]:
     return _slices(hidden.shape[0], _tile_for(hidden).tokens)
 
 
-def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+def logit_blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of each tile of logits [tokens, V]."""
     for rows in token_chunks(logits):
         for columns in _slices(logits.shape[1], _tile_for(logits).vocabulary):
             yield rows, columns
