@@ -56,6 +56,8 @@ class PackedBatch:
 
     input_ids, position_ids: int64 [rows, width]; rows = 1 when packed.
     attention_mask: int64 [rows, width] when padded, None when packed.
+    token_weights: float32 [rows, width], the number of preferences' completions that each token belongs to (a
+    shared prompt token to several, padding to none).
     segments: the attention plan when packed, None when padded.
     source_index: int64 [num_scored], positions in the flattened input whose hidden state predicts a label.
     labels: int64 [num_scored], the completion tokens.
@@ -63,6 +65,7 @@ class PackedBatch:
     completion_lengths: int64 [num_completions], scored tokens.
     units: int64 [num_completions], the number of each completion in its global batch.
     members: int64 [num_preferences, k], completions of each preference: (chosen, rejected) or (completion,).
+    positions: int64 [num_preferences], the place of each preference in its global batch.
     desirable: bool [num_preferences] for unpaired data, else None.
     rows: row numbers in the data set, one a preference.
     num_tokens: real tokens that are computed; num_unshared_tokens: the same with a prompt copy a completion;
@@ -72,6 +75,7 @@ class PackedBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    token_weights: torch.Tensor
     segments: tuple[Segment, ...] | None
     source_index: torch.Tensor
     labels: torch.Tensor
@@ -79,6 +83,7 @@ class PackedBatch:
     completion_lengths: torch.Tensor
     units: torch.Tensor
     members: torch.Tensor
+    positions: torch.Tensor
     desirable: torch.Tensor | None
     rows: tuple[int, ...]
     num_tokens: int
@@ -106,6 +111,39 @@ class PackedBatch:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenScores:
+    """What a model says of the scored tokens of a pack; each [num_scored].
+
+    logps: label log-probs in nats, with gradient where it was asked for. mean_logits: mean logit over the
+    vocabulary, detached. log_collision: log sum_v p_v^2, detached, None where it was not asked for.
+    router_probabilities [E] with gradient, router_load [E + 1]: see models.router, None where not asked for.
+    """
+
+    logps: torch.Tensor
+    mean_logits: torch.Tensor | None = None
+    log_collision: torch.Tensor | None = None
+    router_probabilities: torch.Tensor | None = None
+    router_load: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CoupledTerms:
+    """A loss over a whole global batch, taken apart by preference; all detached.
+
+    losses: float64 [n], their sum is that of the global batch. rewards: float64 [n, k], of the k completions
+    of each preference. slopes: float64 [n, k], the derivative of the summed losses by their summed log-probs.
+    """
+
+    losses: torch.Tensor
+    rewards: torch.Tensor
+    slopes: torch.Tensor
+
+    def part(self, places: torch.Tensor | slice) -> CoupledTerms:
+        """The terms of some of the preferences."""
+        return CoupledTerms(self.losses[places], self.rewards[places], self.slopes[places])
+
+
 @dataclass(slots=True, eq=False)
 class GlobalBatch:
     """One rank's part of an optimizer step, with the counts of the whole.
@@ -114,9 +152,13 @@ class GlobalBatch:
     reference_batches: this rank's completions in larger packs, for the reference.
     kl_batches: (x, y') of KTO, scored by the policy without gradient before it trains; empty otherwise.
     kl_units: int64 [num rows with a y' on this rank], units of y', one entry a row.
-    num_preferences, num_chosen_tokens, num_kl: over all ranks. num_units: completions of the global batch.
-    reference_logps: float64 [num_units], filled by the engine (NaN where another rank holds the unit).
+    num_preferences, num_chosen_tokens, num_kl: over all ranks.
+    unit_lengths: int64 [num_units], tokens of each completion of the global batch.
+    reference_logps: float32 [sum of unit_lengths], token log-probs of unit after unit, filled by the engine
+    (NaN where another rank holds the unit).
     kl: KTO's z0, a scalar, filled by the engine.
+    coupled: what a loss that couples the preferences says of each, filled by the engine.
+    router_load: float64 [E + 1], that of models.router over the global batch, filled by the engine.
     rank_imbalance: tokens of the fullest rank over the mean.
     """
 
@@ -129,9 +171,21 @@ class GlobalBatch:
     num_preferences: int
     num_chosen_tokens: int
     num_kl: int
-    num_units: int
+    unit_lengths: torch.Tensor
     rank_imbalance: float = 1.0
     num_oversized: int = 0
     reference_logps: torch.Tensor | None = None
     kl: torch.Tensor | None = None
+    coupled: CoupledTerms | None = None
+    router_load: torch.Tensor | None = None
     prepared: bool = False
+
+    @property
+    def was_looked_at(self) -> bool:
+        """Whether what a loss needs of the whole global batch is there."""
+        return self.coupled is not None or self.router_load is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all distinct completions of the global batch."""
+        return int(self.unit_lengths.sum())

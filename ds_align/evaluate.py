@@ -24,7 +24,8 @@ _ALIASES = {
 def evaluate(engine: AlignEngine, data: PreferenceDataset, *, prefix: str = "eval") -> dict[str, float]:
     """Mean losses and accuracies of the current policy on a data set, each name with the prefix.
 
-    The NLL term is per chosen token of the whole set, and KTO's z0 is that of the whole set.
+    The NLL term is per chosen token of the whole set, KTO's z0 is that of the whole set, and a loss that
+    couples the pairs is taken over the whole set.
     Collective: every rank must call this.
     """
     started = time.perf_counter()
@@ -32,15 +33,20 @@ def evaluate(engine: AlignEngine, data: PreferenceDataset, *, prefix: str = "eva
     z0 = None
     if engine.spec.inputs == "unpaired":
         z0 = engine.reference_point(engine.evaluation_batches(data))
+    ahead = None
+    if engine.objective.looks_ahead:
+        ahead = engine.look_ahead(engine.evaluation_batches(data), training=False)
     num_chosen_tokens = int(data.completion_lengths[:, 0].sum())
-    for global_batch in engine.evaluation_batches(data):
+    for number, global_batch in enumerate(engine.evaluation_batches(data)):
         global_batch.num_preferences = len(data)
         global_batch.num_chosen_tokens = num_chosen_tokens
         global_batch.kl = z0
+        if ahead is not None:
+            ahead.hand_to(global_batch, number)
         for batch in global_batch.micro_batches:
             sums.add(engine.forward(batch, grad=False), batch)
     means, _ = sums.reduce()
-    for alias, name in _ALIASES[engine.spec.inputs].items():
+    for alias, name in (_ALIASES[engine.spec.inputs] | engine.config.metric_aliases).items():
         if name in means:
             means[alias] = means[name]
     seconds = time.perf_counter() - started

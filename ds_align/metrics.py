@@ -22,6 +22,7 @@ _PAIRED = (
     "nll_loss",
     "policy_accuracy",
     "confidence",
+    "aux_loss",
 )
 _UNPAIRED = (
     "loss",
@@ -35,6 +36,7 @@ _UNPAIRED = (
     "logits/chosen",
     "logits/rejected",
     "kl",
+    "aux_loss",
 )
 
 
@@ -49,6 +51,14 @@ class MetricSums:
     def reset(self) -> None:
         """Forgets all sums."""
         self._totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=self.device)
+
+    def state(self) -> torch.Tensor:
+        """The sums so far, of this rank; load() takes them over."""
+        return self._totals.cpu()
+
+    def load(self, state: torch.Tensor) -> None:
+        """Goes on from the sums that state() gave."""
+        self._totals.copy_(state)
 
     def add(self, output: ForwardOutput, batch: PackedBatch) -> None:
         """Adds one micro-batch; batch may still be on the CPU."""
@@ -89,20 +99,25 @@ def _mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> Entry:
     return (values * weights).sum(), weights.sum()
 
 
+def _balance(output: ForwardOutput) -> Entry:
+    """The routers' load-balancing loss; counts nothing for a model without experts or a weight of 0."""
+    if output.router_balance is None:
+        return _mean(output.losses[:0])
+    return _mean(output.router_balance)
+
+
 def _better(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """1 where first > second, one half where they tie, else 0."""
     return (first > second).double() + 0.5 * (first == second).double()
 
 
 def _paired_entries(output: ForwardOutput, batch: PackedBatch) -> dict[str, Entry]:
-    logps = output.logps
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     margins = chosen - rejected
     first, second = batch.members.unbind(1)
     means, lengths = output.mean_logits, batch.completion_lengths
-    policy_chosen = logps.policy_chosen.total.detach()
-    policy_rejected = logps.policy_rejected.total.detach()
-    nll, tokens = output.nll.sum(), lengths[first].sum()
+    policy_chosen, policy_rejected = output.totals[first], output.totals[second]
+    nll, tokens = -policy_chosen.sum(), lengths[first].sum()
     return {
         "loss": _mean(output.losses),
         "rewards/chosen": _mean(chosen),
@@ -116,6 +131,7 @@ def _paired_entries(output: ForwardOutput, batch: PackedBatch) -> dict[str, Entr
         "nll_loss": (nll.double(), tokens.double()),
         "policy_accuracy": _mean(_better(policy_chosen / lengths[first], policy_rejected / lengths[second])),
         "confidence": _mean(torch.sigmoid(margins.abs())),
+        "aux_loss": _balance(output),
     }
 
 
@@ -140,4 +156,5 @@ def _unpaired_entries(output: ForwardOutput, batch: PackedBatch) -> dict[str, En
         "logits/chosen": _mean(means, lengths * good),
         "logits/rejected": _mean(means, lengths * bad),
         "kl": _mean(z0.expand(len(total))),
+        "aux_loss": _balance(output),
     }

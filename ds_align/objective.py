@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_align.batch import GlobalBatch, PackedBatch
+from ds_align.batch import CoupledTerms, GlobalBatch, PackedBatch, TokenScores
 from ds_align.config import BaseConfig, MethodSpec
+from ds_align.coupling import LogpsTable, RunningMean, couple
 from ds_align.losses import Logps, LossOutput, PairedLogps, UnpairedLogps
 
 
@@ -21,19 +22,23 @@ from ds_align.losses import Logps, LossOutput, PairedLogps, UnpairedLogps
 class ForwardOutput(LossOutput):
     """A LossOutput with what it was made from.
 
-    losses: [num_preferences], the NLL term included. logps: what the loss saw. nll: [num_pairs] summed
-    negative log-probs of the chosen completions in nats, or None for unpaired data. mean_logits: float64
-    [num_completions], the mean logit over scored tokens and vocabulary.
+    losses: [num_preferences], the NLL term included. logps: what the loss saw. totals: float64
+    [num_completions], summed log-probs of each completion, detached. mean_logits: float64 [num_completions],
+    the mean logit over scored tokens and vocabulary. router_balance: [num_preferences], the unweighted
+    load-balancing loss, None without.
     """
 
     logps: PairedLogps | UnpairedLogps | None = None
-    nll: torch.Tensor | None = None
+    totals: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
+    router_balance: torch.Tensor | None = None
 
 
-def load_loss(path: str) -> Callable[..., LossOutput]:
-    """The function behind 'package.module:function'."""
-    module, _, name = path.partition(":")
+def load_loss(loss: str | Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+    """The function behind 'package.module:function', or the function itself."""
+    if callable(loss):
+        return loss
+    module, _, name = loss.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -46,88 +51,196 @@ def sum_by_completion(token_values: torch.Tensor, batch: PackedBatch) -> torch.T
     return totals.index_add(0, batch.completion_index, token_values.double())
 
 
+def sum_first_tokens(
+    token_values: torch.Tensor, batch: PackedBatch, members: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Sums the first counts[i] token values of completion members[i]: float64, the shape of members."""
+    running = torch.nn.functional.pad(token_values.double().cumsum(0), (1, 0))
+    starts = (batch.completion_lengths.cumsum(0) - batch.completion_lengths)[members]
+    return running[starts + counts] - running[starts]
+
+
+def token_places(batch: PackedBatch, unit_lengths: torch.Tensor) -> torch.Tensor:
+    """Where each scored token stands among the tokens of all units, one after the other: [num_scored]."""
+    first_of_unit = unit_lengths.cumsum(0) - unit_lengths
+    first_here = batch.completion_lengths.cumsum(0) - batch.completion_lengths
+    shift = first_of_unit[batch.units] - first_here
+    return torch.arange(len(batch.labels), device=shift.device) + shift[batch.completion_index]
+
+
+def sum_by_unit(token_values: torch.Tensor, unit_lengths: torch.Tensor) -> torch.Tensor:
+    """Sums token values of unit after unit [sum of unit_lengths] over each unit: float64 [num_units]."""
+    owners = torch.repeat_interleave(
+        torch.arange(len(unit_lengths), device=token_values.device), unit_lengths
+    )
+    totals = torch.zeros(len(unit_lengths), dtype=torch.float64, device=token_values.device)
+    return totals.index_add(0, owners, token_values.double())
+
+
 class Objective:
-    """A method on log-probs: holds the loss function and its parameters, and no tensors."""
+    """A method on log-probs: the loss function, its parameters, and what it remembers between steps."""
 
     def __init__(self, spec: MethodSpec, config: BaseConfig) -> None:
         self.spec = spec
         self.needs_reference = spec.needs_reference(config)
-        self.parameters = {name: getattr(config, name) for name in spec.loss_parameters}
-        self.nll_weight = getattr(config, spec.nll_weight) if spec.nll_weight else 0.0
+        self.coupled = spec.coupled(config)
+        self.needs_collision = getattr(config, "use_weighting", False)
+        self.parameters = spec.arguments(config)
+        self.nll_weight = config.nll_weight
+        self.nll_normalization = getattr(config, "nll_normalization", "token")
+        self.ld_alpha = getattr(config, "ld_alpha", None)
+        self.router_weight = config.router_aux_loss_coef
+        self.looks_ahead = self.coupled or self.router_weight > 0
+        self.running_delta = RunningMean() if getattr(config, "needs_running_delta", False) else None
         self._loss = load_loss(spec.loss)
 
-    def __call__(
-        self,
-        batch: PackedBatch,
-        token_logps: torch.Tensor,
-        owner: GlobalBatch,
-        mean_logits: torch.Tensor | None = None,
-    ) -> ForwardOutput:
+    def __call__(self, batch: PackedBatch, scores: TokenScores, owner: GlobalBatch) -> ForwardOutput:
         """Losses of one micro-batch.
 
-        token_logps: [num_scored] of the policy, with gradient. owner: the prepared global batch, for the
-        reference's log-probs, z0 and the global counts.
+        scores: of the policy, with gradient. owner: the prepared global batch, for the reference's log-probs,
+        z0, coupled terms and the global counts.
         """
-        totals = sum_by_completion(token_logps, batch)
-        reference = None
-        if self.needs_reference:
-            assert owner.reference_logps is not None, "the global batch was not prepared"
-            reference = owner.reference_logps[batch.units]
-        if self.spec.inputs == "pairs":
-            logps = self._paired(batch, totals, reference)
+        totals = sum_by_completion(scores.logps, batch)
+        logps = self.logps(batch, scores.logps, owner)
+        if self.coupled:
+            output = self._coupled_output(batch, logps, owner)
         else:
-            logps = self._unpaired(batch, totals, reference, owner)
-        output = self._loss(logps, **self.parameters)
-        losses, nll = output.losses, None
-        if isinstance(logps, PairedLogps):
-            nll = -logps.policy_chosen.total
-            if self.nll_weight:
-                # A mean per token of the global batch; the engine divides by preferences, hence the factor.
-                share = owner.num_preferences / max(1, owner.num_chosen_tokens)
-                losses = losses + self.nll_weight * share * nll
+            output = self._loss(logps, **self.parameters)
+        losses = output.losses
+        if self.needs_collision:
+            losses = losses * self._sequence_weights(batch, scores)
+        if self.nll_weight:
+            losses = losses + self.nll_weight * self._nll(batch, totals, owner)
+        balance = None
+        if self.router_weight:
+            balance = self._router_balance(batch, scores, owner)
+            losses = losses + self.router_weight * balance
         means = None
-        if mean_logits is not None:
-            means = sum_by_completion(mean_logits, batch) / batch.completion_lengths
+        if scores.mean_logits is not None:
+            means = sum_by_completion(scores.mean_logits, batch) / batch.completion_lengths
         return ForwardOutput(
             losses=losses,
             chosen_rewards=output.chosen_rewards,
             rejected_rewards=output.rejected_rewards,
             rewards=output.rewards,
             logps=logps,
-            nll=None if nll is None else nll.detach(),
+            totals=totals.detach(),
+            router_balance=None if balance is None else balance.detach(),
             mean_logits=means,
         )
 
-    def _paired(
-        self, batch: PackedBatch, totals: torch.Tensor, reference: torch.Tensor | None
-    ) -> PairedLogps:
-        chosen, rejected = batch.members.unbind(1)
-
-        def pick(values: torch.Tensor | None, members: torch.Tensor) -> Logps | None:
-            if values is None:
-                return None
-            return Logps(values[members], batch.completion_lengths[members])
-
-        return PairedLogps(
-            policy_chosen=pick(totals, chosen),
-            policy_rejected=pick(totals, rejected),
-            reference_chosen=pick(reference, chosen),
-            reference_rejected=pick(reference, rejected),
-        )
-
-    def _unpaired(
-        self,
-        batch: PackedBatch,
-        totals: torch.Tensor,
-        reference: torch.Tensor | None,
-        owner: GlobalBatch,
-    ) -> UnpairedLogps:
-        members = batch.members[:, 0]
-        lengths = batch.completion_lengths[members]
+    def logps(
+        self, batch: PackedBatch, token_logps: torch.Tensor, owner: GlobalBatch
+    ) -> PairedLogps | UnpairedLogps:
+        """What the loss looks at: summed log-probs of a micro-batch's preferences, and the reference's."""
+        reference = None
+        if self.needs_reference:
+            assert owner.reference_logps is not None, "the global batch was not prepared"
+            places = token_places(batch, owner.unit_lengths.to(batch.units.device))
+            reference = self._member_logps(batch, owner.reference_logps[places])
+        policy = self._member_logps(batch, token_logps)
+        if self.spec.inputs == "pairs":
+            return PairedLogps(*policy, *(reference or ()))
         assert owner.kl is not None, "the global batch was not prepared"
         return UnpairedLogps(
-            policy=Logps(totals[members], lengths),
-            reference=None if reference is None else Logps(reference[members], lengths),
+            policy=policy[0],
+            reference=None if reference is None else reference[0],
             desirable=batch.desirable,
             kl=owner.kl,
         )
+
+    def _member_logps(self, batch: PackedBatch, token_logps: torch.Tensor) -> list[Logps]:
+        """Logps of the first, second, ... completion of each preference."""
+        totals = sum_by_completion(token_logps, batch)[batch.members]
+        lengths = batch.completion_lengths[batch.members]
+        if self.ld_alpha is not None and self.ld_alpha != 1.0:
+            # LD-DPO (arXiv:2409.06411): what one completion has beyond the other's length counts less.
+            shared = lengths.amin(dim=1, keepdim=True).expand_as(lengths)
+            first = sum_first_tokens(token_logps, batch, batch.members, shared)
+            totals = first + self.ld_alpha * (totals - first)
+        return [
+            Logps(total, length) for total, length in zip(totals.unbind(1), lengths.unbind(1), strict=True)
+        ]
+
+    def _nll(self, batch: PackedBatch, totals: torch.Tensor, owner: GlobalBatch) -> torch.Tensor:
+        """NLL of the chosen completions, one entry a pair; its mean over the global batch is the term."""
+        chosen = batch.members[:, 0]
+        if self.nll_normalization == "sum":
+            return -totals[chosen]
+        if self.nll_normalization == "sequence":
+            return -totals[chosen] / batch.completion_lengths[chosen]
+        # A mean per token of the global batch; the engine divides by preferences, hence the factor.
+        return -totals[chosen] * (owner.num_preferences / max(1, owner.num_chosen_tokens))
+
+    def _router_balance(self, batch: PackedBatch, scores: TokenScores, owner: GlobalBatch) -> torch.Tensor:
+        """A micro-batch's part of E sum_e f_e p_e over the global batch, spread over its preferences.
+
+        See models.router; as f_e has no gradient, that of the sum over micro-batches is exact.
+        """
+        assert owner.router_load is not None, "the global batch was not prepared"
+        counts, weight = owner.router_load[:-1], owner.router_load[-1]
+        part = len(counts) * (counts * scores.router_probabilities).sum() / weight.square()
+        # The engine divides by the preferences of the global batch, hence the factor.
+        count = batch.num_preferences
+        return (part * owner.num_preferences / max(1, count)).expand(count)
+
+    def _sequence_weights(self, batch: PackedBatch, scores: TokenScores) -> torch.Tensor:
+        """WPO's w(x, y_c) w(x, y_r) [num_preferences], detached (arXiv:2406.11827, eq. 2).
+
+        w is the geometric mean over tokens of p(token) / sum_v p(v)^2, so that a completion as likely as the
+        policy's own samples weighs about 1.
+        """
+        assert scores.log_collision is not None, "the policy was not asked for log_collision"
+        gaps = sum_by_completion(scores.logps.detach() - scores.log_collision, batch)
+        return (gaps / batch.completion_lengths)[batch.members].sum(dim=1).exp()
+
+    def table(self, batch: PackedBatch, scores: TokenScores, owner: GlobalBatch) -> torch.Tensor:
+        """The detached log-probs of a micro-batch as numbers [num_preferences, columns], for couple()."""
+        return LogpsTable.flatten(self.logps(batch, scores.logps.detach(), owner))
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of table()."""
+        return LogpsTable.num_columns(self.spec.inputs, has_reference=self.needs_reference)
+
+    def couple(self, table: torch.Tensor, *, kl: torch.Tensor | None, training: bool) -> CoupledTerms:
+        """The loss over all preferences of a global batch, taken apart by preference.
+
+        table: float64 [n, num_columns], the rows of all ranks. training: a running mean moves on.
+        """
+        logps = LogpsTable.restore(table, self.spec.inputs, has_reference=self.needs_reference, kl=kl)
+        parameters = dict(self.parameters)
+        if self.running_delta is not None:
+            if training:
+                self.running_delta.add(LogpsTable.mean_reward(logps, parameters["beta"]))
+            parameters["bco_delta"] = self.running_delta.mean
+        return couple(self._loss, logps, parameters)
+
+    def _coupled_output(
+        self, batch: PackedBatch, logps: PairedLogps | UnpairedLogps, owner: GlobalBatch
+    ) -> LossOutput:
+        """The coupled loss of each preference as a linear function of its own log-probs.
+
+        Value and gradient are those of the loss over the whole global batch (GradCache, arXiv:2101.06983).
+        """
+        assert owner.coupled is not None, "the global batch was not prepared"
+        terms = owner.coupled.part(batch.positions)
+        policy = (
+            (logps.policy_chosen, logps.policy_rejected)
+            if isinstance(logps, PairedLogps)
+            else (logps.policy,)
+        )
+        totals = torch.stack([member.total for member in policy], dim=1)
+        losses = terms.losses + (terms.slopes * (totals - totals.detach())).sum(dim=1)
+        if isinstance(logps, PairedLogps):
+            return LossOutput(losses, *terms.rewards.unbind(1))
+        return LossOutput(losses, rewards=terms.rewards[:, 0])
+
+    def state_dict(self) -> dict[str, float]:
+        """What the loss remembers between steps, as plain numbers; empty for most losses."""
+        return {} if self.running_delta is None else self.running_delta.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes over what state_dict() gave."""
+        if self.running_delta is not None:
+            self.running_delta.load_state_dict(state)

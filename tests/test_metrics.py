@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, Unpaired
+from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, TokenScores, Unpaired
 from ds_align.config import METHODS, BaseConfig, CPOConfig, DPOConfig, KTOConfig
 from ds_align.metrics import MetricSums
 from ds_align.objective import ForwardOutput, Objective
@@ -43,7 +44,12 @@ def run(
         name: torch.tensor([value for unit in batch.units.tolist() for value in lists[unit]])
         for name, lists in by_unit.items()
     }
-    owner = GlobalBatch(
+    scores = TokenScores(values["logps"], values["logits"])
+    return Objective(METHODS[config.method], config)(batch, scores, owner_of(by_unit, **owned))
+
+
+def owner_of(by_unit: dict[str, list[list[float]]], **owned: object) -> GlobalBatch:
+    return GlobalBatch(
         step=1,
         epoch=0.0,
         micro_batches=[],
@@ -53,10 +59,9 @@ def run(
         num_preferences=3,
         num_chosen_tokens=6,
         num_kl=0,
-        num_units=6,
+        unit_lengths=torch.tensor([len(unit) for unit in by_unit["logps"]]),
         **owned,
     )
-    return Objective(METHODS[config.method], config)(batch, values["logps"], owner, values["logits"])
 
 
 # Three pairs of prompts of their own: units 0 to 5, chosen and rejected in turn.
@@ -69,8 +74,9 @@ PAIR_VALUES = {
     "logps": [[-1.0, -1.0], [-1.5], [-3.0], [-1.0, -2.0], [-1.0, -1.0, -1.0], [-1.0]],
     "logits": [[1.0, 3.0], [4.0], [7.0], [0.0, 2.0], [1.0, 1.0, 1.0], [-2.0]],
 }
-# Sums: -2, -1.5, -3, -3, -3, -1. Log-ratios: 1, 0.5; 0, 0; -1, 1.
-REFERENCE = torch.tensor([-3.0, -2.0, -3.0, -3.0, -2.0, -2.0], dtype=torch.float64)
+# Sums: -2, -1.5, -3, -3, -3, -1; the reference's, token by token below: -3, -2, -3, -3, -2, -2.
+# Log-ratios: 1, 0.5; 0, 0; -1, 1.
+REFERENCE = torch.tensor([-1.0, -2.0, -2.0, -3.0, -1.0, -2.0, 0.0, -1.0, -1.0, -2.0])
 
 
 def paired_means(parts: list[list[int]]) -> dict[str, float]:
@@ -138,7 +144,41 @@ UNPAIRED_VALUES = {
     "logits": [[1.0, 3.0], [4.0], [1.0, 1.0, 4.0], [-2.0], [1.0]],
 }
 # rho: -2+3 = 1, -1.5+2 = 0.5, -3+3 = 0, -1+2 = 1, -3+3 = 0; z0 = 0.5.
-UNPAIRED_REFERENCE = torch.tensor([-3.0, -2.0, -3.0, -2.0, -3.0, math.nan], dtype=torch.float64)
+# The reference's sums are -3, -2, -3, -2, -3.
+UNPAIRED_REFERENCE = torch.tensor([-1.0, -2.0, -2.0, -1.0, -1.0, -1.0, -2.0, -3.0])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the reads of a tensor's value by Python, each of which would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+COUPLED = ({"loss_type": "aot"}, {"loss_type": "bco_pair"})
+
+
+@pytest.mark.parametrize("settings", [{}, {"rpo_alpha": 1.0, "ld_alpha": 0.5}, *COUPLED])
+def test_no_value_is_read_between_logged_steps(settings: dict) -> None:
+    config = DPOConfig(**settings)
+    objective, sums = Objective(METHODS["dpo"], config), MetricSums("pairs", CPU)
+    (batch,) = batches(PAIRS, [[0, 1, 2]])
+    values = [value for unit in batch.units.tolist() for value in PAIR_VALUES["logps"][unit]]
+    scores = TokenScores(torch.tensor(values), torch.zeros(len(values)))
+    given = owner_of(PAIR_VALUES, reference_logps=REFERENCE)
+    with Reads() as reads:
+        if config.coupled:
+            given.coupled = objective.couple(objective.table(batch, scores, given), kl=None, training=True)
+        sums.add(objective(batch, scores, given), batch)
+    assert reads.count == 0
+    with reads:
+        assert sums.reduce()[0]["loss"] > 0
+    assert reads.count > 0, "the figures are read when they are logged"
 
 
 def unpaired_means(rows: list[Unpaired], parts: list[list[int]]) -> dict[str, float]:

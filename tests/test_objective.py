@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, Unpaired
+from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, TokenScores, Unpaired
 from ds_align.config import METHODS, CPOConfig, DPOConfig, IPOConfig, KTOConfig, SimPOConfig
 from ds_align.objective import Objective, load_loss, sum_by_completion
 from ds_align.packing import Group, PreferenceTable, build_batch
@@ -44,7 +44,7 @@ def owner(**values: object) -> GlobalBatch:
         "num_preferences": 4,
         "num_chosen_tokens": 10,
         "num_kl": 0,
-        "num_units": 3,
+        "unit_lengths": torch.tensor([2, 1, 3]),
     }
     return GlobalBatch(**(given | values))
 
@@ -53,16 +53,22 @@ def objective(config) -> Objective:
     return Objective(METHODS[config.method], config)
 
 
+def scores(token_logps, mean_logits=None, log_collision=None) -> TokenScores:
+    given = (token_logps, mean_logits, log_collision)
+    return TokenScores(*(torch.tensor(v) if isinstance(v, list) else v for v in given))
+
+
 def log_sigmoid(value: float) -> float:
     return -math.log1p(math.exp(-value))
 
 
 def losses(config, **values: object) -> list[float]:
-    output = objective(config)(pairs_batch(), torch.tensor(TOKEN_LOGPS), owner(**values))
+    output = objective(config)(pairs_batch(), scores(TOKEN_LOGPS), owner(**values))
     return output.losses.tolist()
 
 
-REFERENCE = torch.tensor([-5.0, -4.5, -4.0], dtype=torch.float64)
+# Token by token; the sums of the units: -2 - 3 = -5, -4.5, -1 - 1 - 2 = -4.
+REFERENCE = torch.tensor([-2.0, -3.0, -4.5, -1.0, -1.0, -2.0])
 
 
 def test_dpo() -> None:
@@ -99,6 +105,48 @@ def test_simpo_adds_its_sft_term() -> None:
     assert losses(SimPOConfig(sft_weight=1.0)) == pytest.approx([value + 1.2 for value in plain])
 
 
+def test_nll_normalizations() -> None:
+    # NLL 3 over 2 tokens and 3 over 3. Per token of the 10: 4/10 * 3; per sequence: 3/2 and 3/3; sums: 3, 3.
+    plain = losses(CPOConfig(cpo_alpha=0.0))
+    for kind, terms in (("token", [1.2, 1.2]), ("sequence", [1.5, 1.0]), ("sum", [3.0, 3.0])):
+        found = losses(CPOConfig(cpo_alpha=2.0, nll_normalization=kind))
+        assert found == pytest.approx([loss + 2 * term for loss, term in zip(plain, terms, strict=True)])
+
+
+def test_sft_in_a_list_of_types_is_the_nll_term() -> None:
+    config = DPOConfig(beta=0.5, loss_type=["sigmoid", "sft"], loss_weights=[2.0, 0.5])
+    found = losses(config, reference_logps=REFERENCE)
+    # The gaps of test_dpo; 0.5 * 4/10 * 3 = 0.6.
+    assert found == pytest.approx([-2 * log_sigmoid(0.75) + 0.6, -2 * log_sigmoid(0.25) + 0.6])
+
+
+def test_ld_weighs_what_is_beyond_the_shorter_completion() -> None:
+    # Pair 1: 2 and 1 tokens, one is shared: chosen -1 + a(-2), rejected -4; the reference: -2 + a(-3), -4.5.
+    # a = 0.25: c = -1.5 + 2.75 = 1.25, r = 0.5. Pair 2: 3 and 1: chosen -1.5, reference -1 + a(-3) = -1.75:
+    # c = 0.25, r = 0.5.
+    config = DPOConfig(beta=1.0, ld_alpha=0.25)
+    assert losses(config, reference_logps=REFERENCE) == pytest.approx(
+        [-log_sigmoid(0.75), -log_sigmoid(-0.25)]
+    )
+    whole = losses(DPOConfig(beta=1.0, ld_alpha=1.0), reference_logps=REFERENCE)
+    assert whole == losses(DPOConfig(beta=1.0), reference_logps=REFERENCE)
+
+
+def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them() -> None:
+    # log p - log sum p^2 by token; means: (-1+1.5 -2+1.5)/2 = 0, -4+3 = -1, 0 each for the third: e^-1 both.
+    collision = [-1.5, -1.5, -3.0, -1.0, -1.0, -1.0]
+    config = DPOConfig(beta=0.5, use_weighting=True)
+    logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
+    given = owner(reference_logps=REFERENCE)
+    output = objective(config)(pairs_batch(), scores(logps, None, collision), given)
+    plain = objective(DPOConfig(beta=0.5))(pairs_batch(), scores(logps), given)
+    torch.testing.assert_close(output.losses, math.exp(-1) * plain.losses)
+    # The weight is a constant: gradients are those of the plain losses, weighted.
+    (weighted,) = torch.autograd.grad(output.losses.sum(), logps)
+    (unweighted,) = torch.autograd.grad(plain.losses.sum(), logps)
+    torch.testing.assert_close(weighted, math.exp(-1) * unweighted)
+
+
 def unpaired_batch() -> PackedBatch:
     rows = [Unpaired(ids(1), ids(2, 3), True), Unpaired(ids(1), ids(4), False)]
     table = PreferenceTable.from_preferences(rows)
@@ -109,19 +157,19 @@ def test_kto() -> None:
     # rho: -3+5 = 2 and -4+4.5 = 0.5; z0 = 1. Desirable: 2 (1 - sigma(0.5 * 1)); undesirable:
     # 3 (1 - sigma(0.5 * (1 - 0.5))).
     config = KTOConfig(beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
-    logps = torch.tensor(TOKEN_LOGPS[:3])
+    logps = scores(TOKEN_LOGPS[:3])
     kl = torch.tensor(1.0, dtype=torch.float64)
     output = objective(config)(unpaired_batch(), logps, owner(reference_logps=REFERENCE, kl=kl))
     expected = [2 * (1 - 1 / (1 + math.exp(-0.5))), 3 * (1 - 1 / (1 + math.exp(-0.25)))]
     assert output.losses.tolist() == pytest.approx(expected)
     assert output.rewards.tolist() == pytest.approx([1.0, 0.25])
-    assert output.nll is None and output.chosen_rewards is None
+    assert output.chosen_rewards is None
 
 
 def test_kto_without_a_reference() -> None:
     # rho = log pi: -3 and -4; z0 = -3.5.
     config = KTOConfig(beta=1.0, use_ref_model=False)
-    output = objective(config)(unpaired_batch(), torch.tensor(TOKEN_LOGPS[:3]), owner(kl=torch.tensor(-3.5)))
+    output = objective(config)(unpaired_batch(), scores(TOKEN_LOGPS[:3]), owner(kl=torch.tensor(-3.5)))
     assert output.losses.tolist() == pytest.approx([1 - 1 / (1 + math.exp(-0.5))] * 2)
 
 
@@ -129,22 +177,22 @@ def test_the_gradient_reaches_every_token_of_its_completion() -> None:
     # d loss / d gap = -sigma(-beta gap) beta: chosen tokens get it, rejected ones its negative; unit 1 is
     # rejected twice. beta 0.5, gaps 1.5 and 0.5.
     logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
-    output = objective(DPOConfig(beta=0.5))(pairs_batch(), logps, owner(reference_logps=REFERENCE))
+    output = objective(DPOConfig(beta=0.5))(pairs_batch(), scores(logps), owner(reference_logps=REFERENCE))
     output.losses.sum().backward()
     first, second = (-0.5 / (1 + math.exp(0.5 * gap)) for gap in (1.5, 0.5))
     expected = [first, first, -first - second, second, second, second]
     assert logps.grad.tolist() == pytest.approx(expected)
-    assert not (output.nll.requires_grad or output.chosen_rewards.requires_grad)
+    assert not (output.totals.requires_grad or output.chosen_rewards.requires_grad)
 
 
-def test_rewards_nll_and_mean_logits() -> None:
+def test_rewards_totals_and_mean_logits() -> None:
     mean_logits = torch.tensor([1.0, 3.0, 5.0, 0.0, 1.0, 2.0])
     output = objective(DPOConfig(beta=0.5))(
-        pairs_batch(), torch.tensor(TOKEN_LOGPS), owner(reference_logps=REFERENCE), mean_logits
+        pairs_batch(), scores(TOKEN_LOGPS, mean_logits), owner(reference_logps=REFERENCE)
     )
     assert output.chosen_rewards.tolist() == pytest.approx([1.0, 0.5])
     assert output.rejected_rewards.tolist() == pytest.approx([0.25, 0.25])
-    assert output.nll.tolist() == [3.0, 3.0]
+    assert output.totals.tolist() == [-3.0, -4.0, -3.0]
     assert output.mean_logits.tolist() == [2.0, 5.0, 1.0]
 
 
@@ -152,14 +200,14 @@ def test_an_unprepared_batch_is_an_error() -> None:
     with pytest.raises(AssertionError, match="not prepared"):
         losses(DPOConfig())
     with pytest.raises(AssertionError, match="not prepared"):
-        objective(KTOConfig(use_ref_model=False))(unpaired_batch(), torch.zeros(3), owner())
+        objective(KTOConfig(use_ref_model=False))(unpaired_batch(), scores([0.0] * 3), owner())
 
 
 @pytest.mark.parametrize("config", [DPOConfig(), IPOConfig(), CPOConfig(), SimPOConfig(sft_weight=1.0)])
 def test_a_dummy_pack_has_no_losses_and_stays_attached(config) -> None:
     batch = build_batch(PreferenceTable.from_preferences(PAIRS), (), (), Layout.SHARED)
     logps = torch.zeros(0, requires_grad=True)
-    output = objective(config)(batch, logps, owner(reference_logps=REFERENCE), torch.zeros(0))
+    output = objective(config)(batch, scores(logps, torch.zeros(0)), owner(reference_logps=REFERENCE))
     assert output.losses.shape == (0,)
     output.losses.sum().backward()
     assert logps.grad is not None
@@ -170,7 +218,7 @@ def test_a_dummy_pack_of_kto() -> None:
     batch = build_batch(PreferenceTable.from_preferences(rows), (), (), Layout.SHARED)
     logps = torch.zeros(0, requires_grad=True)
     prepared = owner(reference_logps=REFERENCE, kl=torch.tensor(0.0))
-    objective(KTOConfig())(batch, logps, prepared).losses.sum().backward()
+    objective(KTOConfig())(batch, scores(logps), prepared).losses.sum().backward()
     assert logps.grad is not None
 
 

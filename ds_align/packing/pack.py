@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,16 +18,18 @@ class _Rows:
     def __init__(self) -> None:
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
         self.segments: list[Segment] = []
         self.sources: list[np.ndarray] = []
         self.units: list[int] = []
         self.offset = 0
 
-    def add(self, ids: np.ndarray, first_position: int) -> int:
-        """Appends tokens with consecutive positions; returns where they start."""
+    def add(self, ids: np.ndarray, first_position: int, weight: int) -> int:
+        """Appends tokens with consecutive positions and one weight; returns where they start."""
         start = self.offset
         self.ids.append(ids)
         self.positions.append(np.arange(first_position, first_position + len(ids)))
+        self.weights.append(np.full(len(ids), weight, dtype=np.float32))
         self.offset += len(ids)
         return start
 
@@ -42,11 +45,12 @@ def build_batch(
     rows = _Rows()
     for group in groups:
         parts = [group.units] if layout is Layout.SHARED else [(unit,) for unit in group.units]
+        uses = Counter(unit for number in group.preferences for unit in table.members[number])
         for units in parts:
-            _lay_out(rows, table, group.prompt, units)
+            _lay_out(rows, table, group.prompt, {unit: uses[unit] for unit in units})
     if not rows.ids:
         # Empty packs still run forward and backward: a rank that skips one deadlocks ZeRO-3's all-gather.
-        rows.add(np.zeros(1, dtype=np.int64), 0)
+        rows.add(np.zeros(1, dtype=np.int64), 0, 0)
         rows.segments.append(Segment((0, 1), ((0, 1),)))
     sources = rows.sources
     if layout is Layout.PADDED:
@@ -69,6 +73,7 @@ def build_batch(
         completion_lengths=torch.from_numpy(lengths),
         units=torch.tensor(rows.units, dtype=torch.long),
         members=torch.tensor(members, dtype=torch.long).reshape(-1, width),
+        positions=torch.tensor(numbers, dtype=torch.long),
         desirable=None
         if table.desirable is None
         else torch.tensor([table.desirable[n] for n in numbers]).bool(),
@@ -79,14 +84,17 @@ def build_batch(
     )
 
 
-def _lay_out(rows: _Rows, table: PreferenceTable, prompt: int, units: Sequence[int]) -> None:
-    """One prompt and its completions, each of which sees the prompt and itself."""
+def _lay_out(rows: _Rows, table: PreferenceTable, prompt: int, uses: dict[int, int]) -> None:
+    """One prompt and its completions, each of which sees the prompt and itself.
+
+    uses: for each completion, in order, the number of times that a preference has it.
+    """
     prompt_ids = table.prompts[prompt]
     length = len(prompt_ids)
-    start = rows.add(prompt_ids, 0)
-    for number, unit in enumerate(units):
+    start = rows.add(prompt_ids, 0, sum(uses.values()))
+    for number, (unit, count) in enumerate(uses.items()):
         ids = table.completions[unit]
-        own = rows.add(ids, length)
+        own = rows.add(ids, length, count)
         stop = own + len(ids)
         if number == 0:
             # The first completion follows its prompt directly: one causal segment serves both.
@@ -103,6 +111,7 @@ def _one_row(rows: _Rows) -> dict:
         "input_ids": _tensor(rows.ids)[None],
         "position_ids": _tensor(rows.positions)[None],
         "attention_mask": None,
+        "token_weights": torch.from_numpy(np.concatenate(rows.weights))[None],
         "segments": tuple(rows.segments),
     }
 
@@ -116,7 +125,10 @@ def _pad(rows: _Rows) -> tuple[dict, list[np.ndarray]]:
     inputs = {
         name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "position_ids", "attention_mask")
     }
+    weights = torch.from_numpy(np.concatenate(rows.weights))
+    inputs["token_weights"] = torch.zeros(shape)
     for number, (start, stop) in enumerate(spans):
+        inputs["token_weights"][number, : stop - start] = weights[start:stop]
         inputs["input_ids"][number, : stop - start] = ids[start:stop]
         inputs["position_ids"][number, : stop - start] = positions[start:stop]
         inputs["attention_mask"][number, : stop - start] = 1

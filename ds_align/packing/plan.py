@@ -34,12 +34,12 @@ class PreferenceTable:
 
     @classmethod
     def from_preferences(
-        cls, preferences: Sequence[Pair | Unpaired], *, kl_from_own: bool = False
+        cls, preferences: Sequence[Pair | Unpaired], *, kl_from_own: bool = False, with_kl: bool = True
     ) -> PreferenceTable:
         """Numbers the distinct prompts, and the distinct completions under each.
 
         kl_from_own: z0 is taken over the completions themselves instead of the mismatched ones (KTO without
-        a reference).
+        a reference). with_kl: whether there is a z0 at all.
         """
         prompt_numbers: dict[bytes, int] = {}
         unit_numbers: dict[tuple[int, bytes], int] = {}
@@ -65,7 +65,9 @@ class PreferenceTable:
             else:
                 own = unit(prompt, item.completion_ids)
                 table.members.append((own,))
-                if kl_from_own:
+                if not with_kl:
+                    table.kl_units.append(-1)
+                elif kl_from_own:
                     table.kl_units.append(own)
                 else:
                     table.kl_units.append(-1 if item.kl_ids is None else unit(prompt, item.kl_ids))
