@@ -18,7 +18,11 @@ PACKED_ATTENTION = "ds_align_packed"
 
 # Architectures whose layers are plain causal attention through transformers' interface: each is held
 # against its padded forward in the tests. Others fall back to padded rows.
-PACKABLE_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "olmo2", "granite"})
+# A mixture of experts routes each token by itself, so its packs are exact too.
+PACKABLE_MODEL_TYPES = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "olmo2", "granite"}
+    | {"mixtral", "qwen2_moe", "qwen3_moe"}
+)
 
 
 class AttentionPlan:

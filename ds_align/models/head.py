@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ds_align.kernels import linear_logprob
+from ds_align.kernels import linear_log_collision, linear_logprob
 
 
 class LogprobHead(nn.Linear):
@@ -27,13 +27,13 @@ class LogprobHead(nn.Linear):
         head.scale = scale
 
     def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """With labels: (token_logps float32 [tokens], mean logit float32 [tokens], detached).
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, *, with_collision: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """With labels: (token_logps, mean logit), each float32 [tokens], the mean detached.
 
         hidden: [tokens, hidden_size]; labels: int64 [tokens]. Without labels: ordinary logits, so that the
         model still generates. The mean logit is that over the vocabulary, hidden @ mean head row, before
-        a soft cap.
+        a soft cap. with_collision: a third vector, log sum_v p_v^2, detached.
         """
         if labels is None:
             return super().forward(hidden)
@@ -47,7 +47,12 @@ class LogprobHead(nn.Linear):
                 mean_logits += self.bias.float().mean()
             if self.scale is not None:
                 mean_logits *= self.scale
-        return token_logps, mean_logits
+        if not with_collision:
+            return token_logps, mean_logits
+        collision = linear_log_collision(
+            hidden, self.weight, bias=self.bias, softcap=self.softcap, scale=self.scale
+        )
+        return token_logps, mean_logits, collision
 
 
 def head_arguments(config: object) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ import torch
 
 from ds_align import distributed
 from ds_align.errors import ConfigError
+from ds_align.models.adapter_files import ADAPTER_CONFIG, is_adapter_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +60,14 @@ class ModelSource:
             ) from error
         return cls(path, config, trust_remote_code, label)
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each weight by name; the model is built without memory."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with its weights in dtype; partitioned on the way when a ZeRO-3 context is active.
 
@@ -102,6 +111,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_directory(directory: Path, label: str) -> None:
+    if is_adapter_directory(directory):
+        raise ConfigError(
+            f"{label}: holds {ADAPTER_CONFIG} where a whole model is needed; merge the adapter into its base "
+            "(merge_and_unload of peft) and give the result"
+        )
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{label}: no config.json; give a directory written by save_pretrained")
     present = [name for name in _WEIGHT_FILES if (directory / name).is_file()]

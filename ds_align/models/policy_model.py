@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ds_align.batch import Layout, PackedBatch
-from ds_align.kernels import logprob_gather
+from ds_align.kernels import log_collision, logprob_gather
 from ds_align.models.attention import (
     PACKABLE_MODEL_TYPES,
     PACKED_ATTENTION,
@@ -15,6 +15,7 @@ from ds_align.models.attention import (
     unpackable_reason,
 )
 from ds_align.models.head import LogprobHead, head_arguments
+from ds_align.models.router import router_sums
 
 
 def choose_layout(
@@ -59,25 +60,38 @@ class PolicyModel(nn.Module):
             LogprobHead.adopt(head, **head_arguments(model.config))
 
     def disable_dropout(self) -> None:
-        """Sets every dropout probability to 0, the attention's too (it lives in a plain attribute)."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
+        """Sets the model's dropouts to 0, the attention's too (a plain attribute), but not its adapters'."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Dropout) and "lora_dropout" not in name.split("."):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(token_logps, mean_logits), each float32 [num_scored]; mean_logits is detached.
+    def forward(
+        self, batch: PackedBatch, *, with_collision: bool = False, with_router: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """(token_logps, mean_logits), each float32 [num_scored]; only token_logps has a gradient.
 
-        Differentiable in token_logps. A dummy pack returns vectors of length 0 that are still attached to
-        every parameter.
+        with_collision: a third vector, log sum_v p_v^2 of each scored token. with_router: last come the two
+        of router_sums. A dummy pack returns vectors of length 0 that are still attached to every parameter.
         """
+        # A plain tuple: DeepSpeed hooks tensors in tuples and would pass over those of a dataclass.
+        inputs = self._inputs(batch)
+        if with_router:
+            inputs["output_router_logits"] = True
         if not self.fused_head:
-            return self._forward_logits(batch)
+            return self._forward_logits(batch, inputs, with_collision=with_collision)
         decoder = getattr(self.model, self.model.base_model_prefix)
-        hidden = decoder(**self._inputs(batch)).last_hidden_state
+        output = decoder(**inputs)
+        hidden = output.last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.source_index]
-        return self.model.get_output_embeddings()(hidden, batch.labels)
+        head = self.model.get_output_embeddings()
+        scores = head(hidden, batch.labels, with_collision=with_collision)
+        return (*scores, *self._router_sums(output, batch)) if with_router else scores
+
+    def _router_sums(self, output: object, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        top_k = self.model.config.get_text_config().num_experts_per_tok
+        return router_sums(output.router_logits, batch.token_weights, top_k)
 
     def _inputs(self, batch: PackedBatch) -> dict:
         inputs = {
@@ -90,11 +104,16 @@ class PolicyModel(nn.Module):
             inputs["plan"] = AttentionPlan(batch.segments, batch.input_ids.device)
         return inputs
 
-    def _forward_logits(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_logits(
+        self, batch: PackedBatch, inputs: dict, *, with_collision: bool
+    ) -> tuple[torch.Tensor, ...]:
         """The way for heads that are not known: the model's own logits."""
-        inputs = self._inputs(batch)
         if batch.segments is None:
             del inputs["position_ids"]  # not every architecture takes them; padded rows count by themselves
-        logits = self.model(**inputs).logits
+        output = self.model(**inputs)
+        logits = output.logits
         logits = logits.reshape(-1, logits.shape[-1])[batch.source_index]
-        return logprob_gather(logits, batch.labels), logits.detach().mean(dim=-1, dtype=torch.float32)
+        scores = logprob_gather(logits, batch.labels), logits.detach().mean(dim=-1, dtype=torch.float32)
+        if with_collision:
+            scores = (*scores, log_collision(logits))
+        return (*scores, *self._router_sums(output, batch)) if "output_router_logits" in inputs else scores

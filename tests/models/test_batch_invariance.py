@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, Unpaired
+from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, TokenScores, Unpaired
 from ds_align.config import METHODS, BaseConfig
 from ds_align.losses import Logps, PairedLogps, UnpairedLogps
 from ds_align.models import PolicyModel
-from ds_align.objective import Objective, load_loss, sum_by_completion
+from ds_align.objective import Objective, load_loss, sum_by_unit, token_places
 from ds_align.packing import PreferenceTable, build_batch, plan_step
 
 TOLERANCE = 1e-10
@@ -34,6 +34,26 @@ RUNS = [
     pytest.param("ipo", {}, id="ipo"),
     pytest.param("cpo", {"cpo_alpha": 0.7}, id="cpo"),
     pytest.param("simpo", {"sft_weight": 0.3}, id="simpo"),
+    pytest.param("simpo", {"alpha": 0.2}, id="alphapo"),
+    pytest.param("dpo", {"loss_type": "aot", "label_smoothing": 0.1}, id="aot"),
+    pytest.param("dpo", {"loss_type": "aot_unpaired"}, id="aot-unpaired"),
+    pytest.param("dpo", {"loss_type": "bco_pair"}, id="bco"),
+    pytest.param("dpo", {"loss_type": "sigmoid_norm"}, id="sigmoid-norm"),
+    pytest.param("dpo", {"ld_alpha": 0.3}, id="ld"),
+    pytest.param("dpo", {"use_weighting": True}, id="wpo"),
+    pytest.param(
+        "dpo",
+        {
+            "loss_type": ["aot", "sigmoid", "bco_pair", "sft"],
+            "loss_weights": [0.5, 0.8, 0.2, 0.4],
+            "ld_alpha": 0.5,
+            "rpo_alpha": 0.1,
+        },
+        id="mixture",
+    ),
+    pytest.param("dpo", {"rpo_alpha": 0.4, "nll_normalization": "sequence"}, id="nll-sequence"),
+    pytest.param("cpo", {"cpo_alpha": 0.05, "nll_normalization": "sum"}, id="nll-sum"),
+    pytest.param("kto", {"loss_type": "apo_zero_unpaired"}, id="apo-zero-unpaired"),
     pytest.param("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.6}, id="kto"),
     pytest.param("kto", {"use_ref_model": False}, id="kto-reference-free"),
 ]
@@ -99,12 +119,15 @@ class OneProcess:
         self.policy = PolicyModel(float64_model(bench, POLICY_SEED), layout)
         self.reference = PolicyModel(float64_model(bench, REFERENCE_SEED), layout).requires_grad_(False)
 
-    def totals(self, model: PolicyModel, packs: Sequence[PackedBatch], num_units: int) -> Tensor:
-        found = torch.full((num_units,), math.nan, dtype=torch.float64)
+    def token_logps(self, model: PolicyModel, owner: GlobalBatch, packs: Sequence[PackedBatch]) -> Tensor:
+        found = torch.full((owner.num_tokens,), math.nan, dtype=torch.float64)
         with torch.no_grad():
             for batch in packs:
-                found[batch.units] = sum_by_completion(model(batch)[0], batch)
+                found[token_places(batch, owner.unit_lengths)] = model(batch)[0]
         return found
+
+    def score(self, batch: PackedBatch) -> TokenScores:
+        return TokenScores(*self.policy(batch, with_collision=self.objective.needs_collision))
 
     def step(self, rows: Sequence[Pair | Unpaired], *, world_size: int, pack_tokens: int) -> Result:
         needs_reference = self.objective.needs_reference
@@ -126,12 +149,15 @@ class OneProcess:
         kl = sum(gap.sum() for gap in gaps) / max(1, ranks[0].num_kl)
         if needs_reference:
             kl = kl.clamp(min=0)
+        for owner in ranks:
+            owner.kl = kl
+        if self.objective.coupled:
+            self._couple(ranks)
         self.policy.zero_grad()
         loss, means = 0.0, []
         for owner in ranks:
-            owner.kl = kl
             for batch in owner.micro_batches:
-                output = self.objective(batch, self.policy(batch)[0], owner)
+                output = self.objective(batch, self.score(batch), owner)
                 part = output.losses.sum() / owner.num_preferences
                 part.backward()
                 loss += part.item()
@@ -161,22 +187,66 @@ class OneProcess:
             num_preferences=len(table.members),
             num_chosen_tokens=sum(len(table.completions[members[0]]) for members in table.members),
             num_kl=sum(unit >= 0 for unit in table.kl_units),
-            num_units=len(table.completions),
+            unit_lengths=torch.tensor([len(ids) for ids in table.completions]),
         )
         if self.objective.needs_reference:
-            batch.reference_logps = self.totals(self.reference, batch.reference_batches, batch.num_units)
+            batch.reference_logps = self.token_logps(self.reference, batch, batch.reference_batches)
         return batch
 
     def _kl_gaps(self, batch: GlobalBatch) -> Tensor:
-        policy = self.totals(self.policy, batch.kl_batches, batch.num_units)
-        gaps = policy if batch.reference_logps is None else policy - batch.reference_logps
-        return gaps[batch.kl_units]
+        gaps = self.token_logps(self.policy, batch, batch.kl_batches)
+        if batch.reference_logps is not None:
+            gaps = gaps - batch.reference_logps
+        return sum_by_unit(gaps, batch.unit_lengths)[batch.kl_units]
+
+    def _couple(self, ranks: Sequence[GlobalBatch]) -> None:
+        """The table of all ranks, each of which fills in its own rows."""
+        table = torch.zeros(ranks[0].num_preferences, self.objective.num_columns, dtype=torch.float64)
+        with torch.no_grad():
+            for owner in ranks:
+                for batch in owner.micro_batches:
+                    table[batch.positions] += self.objective.table(batch, self.score(batch), owner)
+        terms = self.objective.couple(table, kl=ranks[0].kl, training=True)
+        for owner in ranks:
+            owner.coupled = terms
 
 
-def row_logp(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+def row_distribution(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+    """log p of the whole vocabulary at each token of the completion."""
     ids = torch.tensor([*prompt, *completion])
-    logps = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), dim=-1)
-    return logps[torch.arange(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]].sum()
+    return torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), dim=-1)[len(prompt) - 1 : -1]
+
+
+def row_logp(
+    model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray, ld: tuple[float, int] | None = None
+) -> Tensor:
+    """log p(completion | prompt); ld = (alpha, count): tokens after the first count weigh alpha."""
+    logps = row_distribution(model, prompt, completion)[
+        torch.arange(len(completion)), torch.tensor(completion.tolist())
+    ]
+    if ld is None:
+        return logps.sum()
+    alpha, count = ld
+    return logps[:count].sum() + alpha * logps[count:].sum()
+
+
+def wpo_weight(model: torch.nn.Module, row: Pair) -> Tensor:
+    """Product over both completions of the geometric mean of p(token) / sum_v p(v)^2."""
+    weight = 1.0
+    for completion in (row.chosen_ids, row.rejected_ids):
+        probabilities = row_distribution(model, row.prompt_ids, completion).detach().exp()
+        picked = probabilities[torch.arange(len(completion)), torch.tensor(completion.tolist())]
+        ratios = picked / probabilities.square().sum(dim=1)
+        weight = weight * ratios.log().mean().exp()
+    return weight
+
+
+def nll_term(config: BaseConfig, model: torch.nn.Module, rows: Sequence[Pair]) -> Tensor:
+    """The weighted NLL of the chosen completions, by each of its three normalisations."""
+    nll = -torch.stack([row_logp(model, row.prompt_ids, row.chosen_ids) for row in rows])
+    lengths = torch.tensor([len(row.chosen_ids) for row in rows])
+    term = {"token": nll.sum() / lengths.sum(), "sequence": (nll / lengths).mean(), "sum": nll.mean()}
+    return config.nll_weight * term[config.nll_normalization]
 
 
 def alone(bench, config: BaseConfig, rows: Sequence[Pair | Unpaired]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -185,17 +255,31 @@ def alone(bench, config: BaseConfig, rows: Sequence[Pair | Unpaired]) -> tuple[T
     spec = METHODS[config.method]
 
     def score(model: torch.nn.Module, name: str) -> Logps:
-        totals = [row_logp(model, row.prompt_ids, getattr(row, name)) for row in rows]
+        alpha = getattr(config, "ld_alpha", None)
+        totals = [
+            row_logp(
+                model,
+                row.prompt_ids,
+                getattr(row, name),
+                None if alpha is None else (alpha, min(len(row.chosen_ids), len(row.rejected_ids))),
+            )
+            for row in rows
+        ]
         return Logps(torch.stack(totals), torch.tensor([len(getattr(row, name)) for row in rows]))
 
-    extra = 0.0
+    parameters = {name: getattr(config, source) for name, source in spec.loss_parameters.items()}
+    weights: float | Tensor = 1.0
     if spec.inputs == "pairs":
         names = ("chosen_ids", "rejected_ids")
         scored = [score(model, name) for model in (policy, reference) for name in names]
         logps = PairedLogps(*scored)
-        if spec.nll_weight:
-            chosen = logps.policy_chosen
-            extra = -getattr(config, spec.nll_weight) * chosen.total.sum() / chosen.length.sum()
+        if config.coupled and config.needs_running_delta:
+            # The first step's delta is its own mean reward.
+            ratios = [logps.policy_chosen.total - logps.reference_chosen.total]
+            ratios.append(logps.policy_rejected.total - logps.reference_rejected.total)
+            parameters["bco_delta"] = config.beta * torch.cat(ratios).detach().mean()
+        if getattr(config, "use_weighting", False):
+            weights = torch.stack([wpo_weight(policy, row) for row in rows])
     else:
         logps = UnpairedLogps(
             policy=score(policy, "completion_ids"),
@@ -203,8 +287,9 @@ def alone(bench, config: BaseConfig, rows: Sequence[Pair | Unpaired]) -> tuple[T
             desirable=torch.tensor([row.desirable for row in rows]),
         )
         logps = replace(logps, kl=reference_point(policy, reference, rows, logps))
-    losses = load_loss(spec.loss)(logps, **{name: getattr(config, name) for name in spec.loss_parameters})
-    loss = losses.losses.mean() + extra
+    loss = (load_loss(spec.loss)(logps, **parameters).losses * weights).mean()
+    if config.nll_weight:
+        loss = loss + nll_term(config, policy, rows)
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in policy.named_parameters()}
 
@@ -249,7 +334,7 @@ def test_loss_and_gradient_do_not_depend_on_packs_and_ranks(bench, method: str, 
     assert len(set(ranks.rows_by_rank)) == 2 and ranks.num_dummies > 0
     assert_close(ranks, loss, gradients)
 
-    if method == "kto":
+    if method == "kto" and config.needs_reference_point:
         assert one_pack.kl != 0 and ranks.kl == pytest.approx(one_pack.kl, rel=TOLERANCE)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, Unpaired
+from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, TokenScores, Unpaired
 from ds_align.config import METHODS
 from ds_align.kernels import reference
 from ds_align.models import PolicyModel
@@ -60,12 +60,12 @@ def largest(policy: PolicyModel, objective: Objective, batch: PackedBatch) -> in
         num_preferences=batch.num_preferences,
         num_chosen_tokens=3 * LENGTH,
         num_kl=0,
-        num_units=6,
-        reference_logps=torch.full((6,), -2000.0, dtype=torch.float64),
+        unit_lengths=torch.full((6,), LENGTH),
+        reference_logps=torch.full((6 * LENGTH,), -7.0),
         kl=torch.tensor(0.5),
     )
     with LargestTensor() as watch:
-        output = objective(batch, policy(batch)[0], owner)
+        output = objective(batch, TokenScores(*policy(batch, with_collision=True)), owner)
         forward = watch.numel
         output.losses.sum().backward()
     assert forward > 0
@@ -79,16 +79,24 @@ def policy_of(bench, layout: Layout) -> PolicyModel:
     return PolicyModel(model, layout)
 
 
+RUNS = {
+    "dpo": {"rpo_alpha": 0.5, "use_weighting": True, "ld_alpha": 0.5},
+    "ipo": {},
+    "kto": {},
+    "cpo": {"cpo_alpha": 0.5},
+    "simpo": {"sft_weight": 0.5},
+}
+
+
 @pytest.mark.parametrize("layout", [Layout.SHARED, Layout.PADDED])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(RUNS))
 def test_nothing_larger_than_one_tile_exists(bench, method: str, layout: Layout) -> None:
     spec = METHODS[method]
-    weight = {spec.nll_weight: 0.5} if spec.nll_weight else {}
     batch = batch_of(bench, spec.inputs, layout)
     assert batch.labels.numel() == NUM_SCORED
     tile = reference.CPU_TILE.tokens * reference.CPU_TILE.vocabulary
     assert 6 * tile < NUM_SCORED * VOCABULARY
-    found = largest(policy_of(bench, layout), Objective(spec, spec.config(**weight)), batch)
+    found = largest(policy_of(bench, layout), Objective(spec, spec.config(**RUNS[method])), batch)
     assert found <= tile
 
 
