@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ds_align import distributed
 from ds_align.engine import AlignEngine
+from ds_align.models.adapters import saved_name, write_settings
 
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -32,22 +33,53 @@ def plan_shards(weight_bytes: dict[str, int], max_shard_bytes: int) -> list[list
 
 
 def save_model(engine: AlignEngine, directory: str | Path) -> None:
-    """Writes config, tokenizer and safetensors shards; rank 0 holds at most one shard at a time.
+    """Writes the trained weights and the tokenizer: the adapter alone where adapters were trained.
 
-    Collective: every rank must call this.
+    Rank 0 holds at most one shard (or the adapter) at a time. Collective: every rank must call this.
     """
+    directory = Path(directory)
+    if distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        # Of an earlier run in this directory; a mixture of the two kinds would be read as an adapter.
+        for pattern in (
+            "model*.safetensors*",
+            "adapter_model*",
+            "adapter_config.json",
+            "config.json",
+            "generation_config.json",
+        ):
+            for stale in directory.glob(pattern):
+                stale.unlink()
+    if engine.policy.adapter_settings is not None:
+        _save_adapter(engine, directory)
+    else:
+        _save_whole(engine, directory)
+    if distributed.is_main():
+        engine.tokenizer.save_pretrained(directory)
+    distributed.barrier()
+
+
+def _save_adapter(engine: AlignEngine, directory: Path) -> None:
     from safetensors.torch import save_file
 
-    directory = Path(directory)
+    weights = {
+        saved_name(name): weight.contiguous()
+        for name, weight in engine.policy.weights(trained_only=True)
+        if weight is not None
+    }
+    if distributed.is_main():
+        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_settings(engine.policy.adapter_settings, directory)
+
+
+def _save_whole(engine: AlignEngine, directory: Path) -> None:
+    from safetensors.torch import save_file
+
     model = engine.policy.module.model
     weight_bytes = engine.policy.weight_bytes()
     shards = plan_shards(weight_bytes, parse_size(engine.config.max_shard_size))
     files = _shard_files(shards)
     shard_of = {name: number for number, names in enumerate(shards) for name in names}
-    if distributed.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.glob("model*.safetensors*"):
-            stale.unlink()
     held: dict = {}
     for name, weight in engine.policy.weights():
         if weight is None:
@@ -57,14 +89,13 @@ def save_model(engine: AlignEngine, directory: str | Path) -> None:
         if len(held) == len(shards[number]):
             save_file(held, directory / files[number], metadata={"format": "pt"})
             held = {}
-    if distributed.is_main():
-        if len(shards) > 1:
-            _write_index(directory, weight_bytes, {name: files[shard_of[name]] for name in weight_bytes})
-        model.config.save_pretrained(directory)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(directory)
-        engine.tokenizer.save_pretrained(directory)
-    distributed.barrier()
+    if not distributed.is_main():
+        return
+    if len(shards) > 1:
+        _write_index(directory, weight_bytes, {name: files[shard_of[name]] for name in weight_bytes})
+    model.config.save_pretrained(directory)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
 
 
 def _shard_files(shards: list[list[str]]) -> list[str]:

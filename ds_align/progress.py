@@ -23,6 +23,7 @@ _COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:.0f}"),
 )
 _WIDTH = 10
+_REFERENCES = {None: "none", "model": "ZeRO-Inference", "adapters_off": "the policy with its adapters off"}
 
 
 class Progress:
@@ -41,7 +42,7 @@ class Progress:
             f"{config.method}: {len(engine.train_data)} training rows, {engine.num_steps} steps of "
             f"{engine.global_batch_size} preferences on {engine.world_size} rank(s) ({engine.device.type}), "
             f"ZeRO stage {engine.policy.zero_stage}, "
-            f"reference: {'ZeRO-Inference' if engine.reference is not None else 'none'}, "
+            f"reference: {_REFERENCES[engine.reference and engine.reference.kind]}, "
             f"{engine.layout} packs of {engine.pack_tokens} tokens"
         )
         if not config.dry_run:
@@ -52,10 +53,10 @@ class Progress:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def advance(self) -> None:
-        """One optimizer step is done."""
+    def advance(self, steps: int = 1) -> None:
+        """So many optimizer steps are done."""
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(steps)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """A row of the table, and the rates beside the bar."""

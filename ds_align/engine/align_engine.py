@@ -11,14 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ds_align import distributed
-from ds_align.batch import GlobalBatch, Layout, PackedBatch
+from ds_align.batch import GlobalBatch, Layout, PackedBatch, TokenScores
 from ds_align.config import METHODS, BaseConfig, resolved_precision
 from ds_align.data import PreferenceDataset
 from ds_align.engine.init import init_distributed
+from ds_align.engine.look_ahead import LookAhead, gather
+from ds_align.engine.partitions import check_can_sync
 from ds_align.engine.policy import PolicyEngine, StepResult
-from ds_align.engine.reference import ReferenceEngine
+from ds_align.engine.reference import AdaptersOffReference, ReferenceEngine
 from ds_align.engine.setup import check_setup
-from ds_align.objective import ForwardOutput, Objective, sum_by_completion
+from ds_align.objective import ForwardOutput, Objective, sum_by_unit, token_places
 from ds_align.packing import PreferenceTable, build_batch, epoch_order, global_batch_rows, plan_step
 from ds_align.schedule import learning_rate_schedule
 from ds_align.splits import DataSource, Splits, load_splits
@@ -50,7 +52,7 @@ class AlignEngine:
         tokenizer: object,
         splits: Splits,
         policy: PolicyEngine,
-        reference: ReferenceEngine | None,
+        reference: ReferenceEngine | AdaptersOffReference | None,
         layout: Layout,
         messages: Sequence[str] = (),
     ) -> None:
@@ -72,6 +74,7 @@ class AlignEngine:
             WeakKeyDictionary()
         )
         self.num_skipped_steps = 0
+        self.global_step = 0
 
     @classmethod
     def from_config(
@@ -89,6 +92,8 @@ class AlignEngine:
         torch.manual_seed(config.seed)
         setup = distributed.agree(lambda: check_setup(config, device))
         splits = distributed.agree(lambda: load_splits(config, setup.tokenizer, train_dataset, eval_dataset))
+        if config.sync_ref_model:
+            distributed.agree(lambda: check_can_sync(setup))
         dtype = resolved_precision(setup.ds_config)
         policy = PolicyEngine.from_config(
             config,
@@ -98,8 +103,9 @@ class AlignEngine:
             dtype=dtype,
             device=device,
             schedule=learning_rate_schedule(config, num_steps(config, len(splits.train))),
+            adapters=setup.adapters,
         )
-        reference = None
+        reference = AdaptersOffReference(policy) if setup.reference_is_policy else None
         if setup.reference_ds_config is not None:
             reference = ReferenceEngine.from_config(
                 setup.reference_ds_config,
@@ -120,6 +126,11 @@ class AlignEngine:
         )
 
     @property
+    def needs_reference_point(self) -> bool:
+        """Whether the loss compares with z0, a mean over the global batch."""
+        return getattr(self.config, "needs_reference_point", self.spec.inputs == "unpaired")
+
+    @property
     def global_batch_size(self) -> int:
         """Preferences an optimizer step, over all ranks."""
         return global_batch_size(self.config)
@@ -129,10 +140,13 @@ class AlignEngine:
         """Optimizer steps of the run."""
         return num_steps(self.config, len(self.train_data))
 
-    def batches(self) -> Iterator[GlobalBatch]:
-        """The run's global batches in order, this rank's part of each; every step of every epoch."""
+    def batches(self, start: int = 0) -> Iterator[GlobalBatch]:
+        """The run's global batches in order, this rank's part of each; every step of every epoch.
+
+        start: the number of steps to leave out, for a run that goes on.
+        """
         steps_per_epoch = math.ceil(len(self.train_data) / self.global_batch_size)
-        for step in range(self.num_steps):
+        for step in range(start, self.num_steps):
             epoch, place = divmod(step, steps_per_epoch)
             order = epoch_order(
                 len(self.train_data),
@@ -161,7 +175,9 @@ class AlignEngine:
     ) -> GlobalBatch:
         """Plans one global batch and packs this rank's part. The same on every rank; no communication."""
         table = PreferenceTable.from_preferences(
-            [data[int(row)] for row in rows], kl_from_own=not self.objective.needs_reference
+            [data[int(row)] for row in rows],
+            kl_from_own=not self.objective.needs_reference,
+            with_kl=self.needs_reference_point,
         )
         pack_tokens = self.pack_tokens
         plan = plan_step(
@@ -189,7 +205,7 @@ class AlignEngine:
             num_preferences=len(rows),
             num_chosen_tokens=sum(len(table.completions[members[0]]) for members in table.members),
             num_kl=sum(unit >= 0 for unit in table.kl_units),
-            num_units=len(table.completions),
+            unit_lengths=torch.tensor([len(ids) for ids in table.completions], dtype=torch.long),
             rank_imbalance=plan.rank_imbalance,
             num_oversized=plan.num_oversized,
         )
@@ -208,35 +224,61 @@ class AlignEngine:
         chosen = self.config.ref_batch_tokens
         return _REFERENCE_FACTOR * self.pack_tokens if chosen == "auto" else chosen
 
-    def prepare(self, batch: GlobalBatch) -> None:
-        """Scores what the losses of a whole global batch need: the reference's log-probs, and KTO's z0.
+    def prepare(self, batch: GlobalBatch, *, training: bool = True) -> None:
+        """Scores what the losses of a whole global batch need.
 
-        forward calls it by itself, once a global batch. Collective: every rank must call this.
+        That is the reference's log-probs, KTO's z0 and, for losses that look at all micro-batches together,
+        a forward of each without gradient. forward calls it by itself, once a global batch.
+        Collective: every rank must call this.
         """
         self._score_reference(batch)
         if self.spec.inputs == "unpaired" and batch.kl is None:
             batch.kl = self.reference_point([batch])
+        # With a single micro-batch its own forward says it: see forward.
+        if self.objective.looks_ahead and not batch.was_looked_at and len(batch.micro_batches) > 1:
+            self.look_ahead([batch], training=training).hand_to(batch)
         batch.prepared = True
 
     def _score_reference(self, batch: GlobalBatch) -> None:
         if self.reference is None or batch.reference_logps is not None:
             return
         started = time.perf_counter()
-        batch.reference_logps = self._score(batch.reference_batches, batch.num_units, self.reference.forward)
+        batch.reference_logps = self._score(batch, batch.reference_batches, self.reference.forward)
         self.reference_seconds += time.perf_counter() - started
 
     def _score(
         self,
+        owner: GlobalBatch,
         batches: Sequence[PackedBatch],
-        num_units: int,
         forward: Callable[[PackedBatch], torch.Tensor],
     ) -> torch.Tensor:
-        """Summed log-probs by unit, float64 [num_units]; NaN for units of other ranks, so a mix-up shows."""
-        totals = torch.full((num_units,), math.nan, dtype=torch.float64, device=self.device)
+        """Token log-probs of unit after unit, float32; NaN for units of other ranks, so a mix-up shows."""
+        lengths = owner.unit_lengths.to(self.device)
+        found = torch.full((owner.num_tokens,), math.nan, device=self.device)
         for batch in batches:
             moved = batch.to(self.device)
-            totals[moved.units] = sum_by_completion(forward(moved), moved)
-        return totals
+            found[token_places(moved, lengths)] = forward(moved)
+        return found
+
+    def look_ahead(self, batches: Iterable[GlobalBatch], *, training: bool) -> LookAhead:
+        """What the losses need of these global batches together, by one forward without gradient of each.
+
+        training: a running mean that belongs to the loss moves on. Collective: every rank must call this.
+        """
+        parts = []
+        for owner in batches:
+            self._score_reference(owner)
+            moved = [batch.to(self.device) for batch in owner.micro_batches]
+            parts.append((owner, [(batch, self._score_policy(batch, grad=False)) for batch in moved]))
+        return gather(self.objective, parts, device=self.device, training=training)
+
+    def _score_policy(self, batch: PackedBatch, *, grad: bool) -> TokenScores:
+        return self.policy.forward(
+            batch,
+            grad=grad,
+            with_collision=self.objective.needs_collision,
+            with_router=self.objective.router_weight > 0,
+        )
 
     def reference_point(self, batches: Iterable[GlobalBatch]) -> torch.Tensor:
         """KTO's z0 over global batches, a float64 scalar on the device (one batch in a training step).
@@ -245,17 +287,19 @@ class AlignEngine:
         """
 
         def forward(packed: PackedBatch) -> torch.Tensor:
-            return self.policy.forward(packed, grad=False)[0]
+            return self.policy.forward(packed, grad=False).logps
 
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
+        if not self.needs_reference_point:
+            return total
         for batch in batches:
             self._score_reference(batch)
-            units = batch.kl_units.to(self.device)
-            gaps = self._score(batch.kl_batches, batch.num_units, forward)[units]
+            units, lengths = batch.kl_units.to(self.device), batch.unit_lengths.to(self.device)
+            gaps = self._score(batch, batch.kl_batches, forward).double()
             if batch.reference_logps is not None:
-                gaps = gaps - batch.reference_logps[units]
-            total += gaps.sum()
+                gaps = gaps - batch.reference_logps
+            total += sum_by_unit(gaps, lengths)[units].sum()
             count += batch.num_kl
         z0 = distributed.all_reduce_sum(total, self.device) / max(1, count)
         # Clamped only as an estimate of a KL divergence; a mean log-prob without a reference is negative.
@@ -270,10 +314,13 @@ class AlignEngine:
         owner = batch.owner
         assert owner is not None, "forward takes the micro-batches of a global batch"
         if not owner.prepared:
-            self.prepare(owner)
+            self.prepare(owner, training=grad)
         moved = batch.to(self.device)
-        token_logps, mean_logits = self.policy.forward(moved, grad=grad)
-        return self.objective(moved, token_logps, owner, mean_logits)
+        scores = self._score_policy(moved, grad=grad)
+        if self.objective.looks_ahead and not owner.was_looked_at:
+            parts = [(owner, [(moved, scores)])]
+            gather(self.objective, parts, device=self.device, training=grad).hand_to(owner)
+        return self.objective(moved, scores, owner)
 
     def backward(self, loss_sum: torch.Tensor, *, global_count: int) -> None:
         """Gradient of the mean over the global batch; see PolicyEngine.backward."""
@@ -283,7 +330,26 @@ class AlignEngine:
         """Clips and updates; moves the learning rate on. Collective: every rank must call this."""
         result = self.policy.step()
         self.num_skipped_steps += result.skipped
+        self.global_step += 1
+        if self.config.sync_ref_model and self.global_step % self.config.ref_model_sync_steps == 0:
+            self.reference.mix(self.policy.engine, self.config.ref_model_mixup_alpha)
+            # What the old reference said of the evaluation rows is no longer true.
+            self._reference_memory.clear()
         return result
+
+    def state_dict(self) -> dict:
+        """Where the run is and what its loss remembers, as plain values; the same on every rank."""
+        return {
+            "global_step": self.global_step,
+            "num_skipped_steps": self.num_skipped_steps,
+            "objective": self.objective.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what state_dict() gave."""
+        self.global_step = state["global_step"]
+        self.num_skipped_steps = state["num_skipped_steps"]
+        self.objective.load_state_dict(state["objective"])
 
 
 def global_batch_size(config: BaseConfig) -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
 
 from ds_align import distributed
-from ds_align.batch import Layout, PackedBatch
+from ds_align.batch import Layout, PackedBatch, TokenScores
 from ds_align.config import BaseConfig
 from ds_align.engine.init import partitioned_loading
-from ds_align.models import ModelSource, PolicyModel
+from ds_align.models import AdapterPlan, ModelSource, PolicyModel
+from ds_align.models.adapters import attach
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,10 +41,17 @@ class PolicyEngine:
     The number of forwards and backwards between two steps must be the same on every rank.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, zero_stage: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        zero_stage: int,
+        device: torch.device,
+        adapter_settings: LoraConfig | None = None,
+    ) -> None:
         self.engine = engine
         self.zero_stage = zero_stage
         self.device = device
+        self.adapter_settings = adapter_settings
         self.world_size = distributed.world_size()
 
     @classmethod
@@ -52,13 +65,16 @@ class PolicyEngine:
         dtype: str,
         device: torch.device,
         schedule: Callable[[int], float],
+        adapters: AdapterPlan | None = None,
     ) -> PolicyEngine:
-        """Loads the model, partitioned as it is read under ZeRO-3, and wraps it.
+        """Loads the model, partitioned as it is read under ZeRO-3, and wraps it; with adapters, freezes it.
 
         Collective: every rank must call this. schedule: step (from 0) to a factor of the learning rate.
         """
         with partitioned_loading(ds_config):
             model = source.load(DTYPES[dtype])
+        if adapters is not None:
+            attach(model, adapters)
         policy = PolicyModel(model, layout, config.attn_implementation)
         if config.disable_dropout:
             policy.disable_dropout()
@@ -72,23 +88,32 @@ class PolicyEngine:
             optimizer=_client_optimizer(config, ds_config, parameters),
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
         )
-        return cls(engine, ds_config["zero_optimization"]["stage"], device)
+        settings = None if adapters is None else adapters.settings
+        return cls(engine, ds_config["zero_optimization"]["stage"], device, settings)
 
     @property
     def module(self) -> PolicyModel:
         """The wrapped model; under ZeRO-3 its parameters are empty outside a forward."""
         return self.engine.module
 
-    def forward(self, batch: PackedBatch, *, grad: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """(token_logps, mean_logits) of a batch on this rank's device, each float32 [num_scored].
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        grad: bool = True,
+        with_collision: bool = False,
+        with_router: bool = False,
+    ) -> TokenScores:
+        """Scores of a batch on this rank's device; grad=False keeps no graph.
 
-        Collective under ZeRO-3: every rank must call this. grad=False keeps no graph.
+        Collective under ZeRO-3: every rank must call this.
         """
         self.engine.train(grad)
-        if grad:
-            return self.engine(batch)
-        with torch.no_grad():
-            return self.engine(batch)
+        with contextlib.nullcontext() if grad else torch.no_grad():
+            values = self.engine(batch, with_collision=with_collision, with_router=with_router)
+        logps, mean_logits, *rest = values
+        router = rest[-2:] if with_router else (None, None)
+        return TokenScores(logps, mean_logits, rest[0] if with_collision else None, *router)
 
     def backward(self, loss_sum: torch.Tensor, *, global_count: int) -> None:
         """Gradient of sum(losses over all ranks) / global_count; the one place that scales.
@@ -123,15 +148,16 @@ class PolicyEngine:
             self.engine.enable_backward_allreduce = True
         return norm
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, whole tensor on the CPU) of each parameter in turn; the tensor is None except on rank 0.
 
-        Collective: every rank must iterate to the end. Only one parameter is whole at a time.
+        trained_only: without frozen ones. Collective: every rank must iterate to the end. Only one parameter
+        is whole at a time.
         """
         if self.zero_stage == 3:
             # A forward without backward leaves prefetched weights in flight, which cannot be gathered.
             self.engine.empty_partition_cache()
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self._parameters(trained_only):
             if self.zero_stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     whole = parameter.detach().cpu().clone() if distributed.is_main() else None
@@ -139,12 +165,17 @@ class PolicyEngine:
                 whole = parameter.detach().cpu().clone() if distributed.is_main() else None
             yield name, whole
 
-    def weight_bytes(self) -> dict[str, int]:
+    def weight_bytes(self, *, trained_only: bool = False) -> dict[str, int]:
         """Bytes of each whole parameter, by name; no communication."""
         return {
             name: getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-            for name, parameter in self.module.model.named_parameters()
+            for name, parameter in self._parameters(trained_only)
         }
+
+    def _parameters(self, trained_only: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:  # noqa: FBT001
+        for name, parameter in self.module.model.named_parameters():
+            if parameter.requires_grad or not trained_only:
+                yield name, parameter
 
 
 def _client_optimizer(

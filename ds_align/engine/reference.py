@@ -1,18 +1,27 @@
-"""The frozen reference under ZeRO-Inference: stage 3 without an optimizer, partitions in host memory."""
+"""The frozen reference: a model under ZeRO-Inference, or the policy with its adapters off.
+
+ZeRO-Inference is stage 3 without an optimizer, with the partitions in host memory.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import deepspeed
 import torch
 
 from ds_align.batch import Layout, PackedBatch
+from ds_align.engine import partitions
 from ds_align.engine.init import partitioned_loading
-from ds_align.engine.policy import DTYPES
+from ds_align.engine.policy import DTYPES, PolicyEngine
 from ds_align.models import ModelSource, PolicyModel
+from ds_align.models.adapters import reference_adapters
 
 
 class ReferenceEngine:
     """The reference model inside a DeepSpeed engine of its own; it only scores."""
+
+    kind: ClassVar[str] = "model"
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         self.engine = engine
@@ -42,8 +51,34 @@ class ReferenceEngine:
         """The wrapped model; its parameters are empty outside a forward."""
         return self.engine.module
 
+    def mix(self, policy: deepspeed.DeepSpeedEngine, alpha: float) -> None:
+        """Becomes alpha * policy + (1 - alpha) * itself (TR-DPO, arXiv:2404.09656); no communication."""
+        partitions.mix(policy, self.engine, alpha)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The partitions of the weights on this rank, by name, on the CPU."""
+        return partitions.partition_state(self.engine)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over what state_dict() gave. Raises CheckpointError where it is of another model."""
+        partitions.load_partition_state(self.engine, state)
+
     @torch.no_grad()
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Token log-probs, float32 [num_scored]. Collective: every rank must call this."""
         token_logps, _ = self.engine(batch)
         return token_logps
+
+
+class AdaptersOffReference:
+    """The policy's own model as it was at the start: its adapters off, or their kept start in their place."""
+
+    kind: ClassVar[str] = "adapters_off"
+
+    def __init__(self, policy: PolicyEngine) -> None:
+        self.policy = policy
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Token log-probs, float32 [num_scored]. Collective: every rank must call this."""
+        with reference_adapters(self.policy.module.model):
+            return self.policy.forward(batch, grad=False).logps
