@@ -100,6 +100,17 @@ def broadcast_object(value: Result) -> Result:
     return box[0]
 
 
+def gather_objects(value: Result) -> list[Result]:
+    """Collective: every rank must call this. Returns the values of all ranks, in their order (picklable)."""
+    if not is_initialized():
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Result | None] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def agree(action: Callable[[], Result]) -> Result:
     """Collective: every rank must call this. Runs action on every rank; if it fails on one, it fails on all.
 

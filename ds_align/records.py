@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ds_align import distributed
+from ds_align import checkpoint, distributed
+from ds_align.checkpoint import Checkpoint
 from ds_align.config import BaseConfig
 from ds_align.engine import AlignEngine
+from ds_align.engine.checkpoint_io import Saved
 from ds_align.errors import CheckpointError, ConfigError
 from ds_align.kernels import backend
 
@@ -41,16 +43,16 @@ class RunRecords:
         self._file = None
 
     @classmethod
-    def open(cls, directory: Path, config: BaseConfig) -> RunRecords:
-        """Claims the output directory.
+    def open(cls, directory: Path, config: BaseConfig, found: Checkpoint | None = None) -> RunRecords:
+        """Claims the output directory; found: the checkpoint that the run goes on from.
 
-        Raises ConfigError where it already holds a run and overwrite_output_dir is not set, and
+        Raises ConfigError where it already holds another run and overwrite_output_dir is not set, and
         CheckpointError where it cannot be written.
         """
         records = cls(directory, config)
         if not distributed.is_main():
             return records
-        check_output_dir(directory, config)
+        check_output_dir(directory, config, found)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             records.summary = {
@@ -66,12 +68,22 @@ class RunRecords:
             ) from error
         return records
 
-    def start(self, engine: AlignEngine) -> None:
-        """Writes what is known once the models are loaded."""
+    def start(self, engine: AlignEngine, found: Checkpoint | None = None) -> None:
+        """Writes what is known once the models are loaded; found: the checkpoint that the run goes on from.
+
+        Collective: every rank must call this.
+        """
+        if found is not None:
+            self.last = distributed.broadcast_object(self._keep_metrics(found))
         if not distributed.is_main():
             return
         # Only now: a run that fails before it has loaded its data takes no earlier run's figures with it.
-        (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+        if found is None:
+            (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            self.summary |= {"resumed_from": str(found.path), "resumed_step": found.step}
+        if self.config.resume != "auto" and not _is_continued(self.directory, found):
+            checkpoint.forget(self.directory / checkpoint.FOLDER)
         self.config.to_yaml(self.directory / "config.resolved.yaml")
         self.summary |= {
             "world_size": engine.world_size,
@@ -79,13 +91,49 @@ class RunRecords:
             "backend": backend(),
             "device": str(engine.device),
             "layout": str(engine.layout),
-            "reference": "model" if engine.reference is not None else "none",
+            "reference": "none" if engine.reference is None else engine.reference.kind,
             "num_steps": engine.num_steps,
             "global_batch_size": engine.global_batch_size,
             "train_rows": len(engine.train_data),
             "data_counts": {name: int(value) for name, value in engine.train_data.counts.items()},
             "eval_set": engine.eval_set,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": versions(),
+        }
+        self._write_summary()
+
+    def _keep_metrics(self, found: Checkpoint) -> dict[str, float]:
+        """Keeps the lines of metrics.jsonl up to the checkpoint; returns the last value of each figure."""
+        last: dict[str, float] = {}
+        source = found.run_directory / "metrics.jsonl"
+        if not distributed.is_main() or not source.is_file():
+            return last
+        kept = []
+        for line in source.read_text(encoding="utf-8").splitlines():
+            # A killed run may leave half a line.
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row["step"] <= found.step:
+                    kept.append(line)
+                    last |= {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        partial = self.directory / "metrics.jsonl.partial"
+        checkpoint.write_durably(partial, "".join(f"{line}\n" for line in kept))
+        partial.replace(self.directory / "metrics.jsonl")
+        return last
+
+    def sync(self) -> None:
+        """Puts the metrics so far on the disk. Raises OSError."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def note_checkpoint(self, saved: Saved) -> None:
+        """Writes into the summary what the checkpoints have cost; save_seconds is that of all of them."""
+        if not distributed.is_main():
+            return
+        self.summary |= {
+            "last_checkpoint": str(saved.path),
+            "checkpoint_bytes": saved.num_bytes,
+            "save_seconds": self.summary.get("save_seconds", 0.0) + saved.seconds,
         }
         self._write_summary()
 
@@ -95,7 +143,7 @@ class RunRecords:
         if not distributed.is_main():
             return
         if self._file is None:
-            self._file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+            self._file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._file.write(json.dumps({"step": step, "epoch": round(epoch, 6), **metrics}) + "\n")
         self._file.flush()
 
@@ -161,11 +209,11 @@ def _method_fields(config: BaseConfig) -> list[str]:
     return [name for name in type(config).model_fields if name not in BaseConfig.model_fields]
 
 
-def check_output_dir(directory: Path, config: BaseConfig) -> None:
+def check_output_dir(directory: Path, config: BaseConfig, found: Checkpoint | None = None) -> None:
     """Raises what a run in this directory would raise; writes nothing.
 
-    ConfigError where it holds a run that overwrite_output_dir does not give up or a model that the run reads;
-    CheckpointError where it cannot be written.
+    ConfigError where it holds a run that is neither continued (found: the checkpoint) nor given up by
+    overwrite_output_dir, or a model that the run reads; CheckpointError where it cannot be written.
     """
     for setting in ("model_name_or_path", "ref_model_name"):
         model = getattr(config, setting)
@@ -174,18 +222,43 @@ def check_output_dir(directory: Path, config: BaseConfig) -> None:
                 f"output_dir={str(directory)!r} is the directory of {setting}; give another output_dir, "
                 "or its weights would be overwritten"
             )
-    # A run that ended before its first figure left nothing that is worth protecting.
-    if (directory / "metrics.jsonl").exists() and not config.overwrite_output_dir:
+    what = _run_in_the_way(directory, config, found)
+    if what is not None:
         raise ConfigError(
-            f"output_dir={str(directory)!r} already holds a run (metrics.jsonl); "
-            "give another output_dir, or --overwrite_output_dir to replace it"
+            f"output_dir={str(directory)!r} already holds a run ({what}); give another output_dir, "
+            "--resume to continue from its checkpoints, or --overwrite_output_dir to replace it"
         )
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        found = "is not a directory" if not there.is_dir() else "does not let you write"
+        fault = "is not a directory" if not there.is_dir() else "does not let you write"
         raise CheckpointError(
-            f"output_dir={str(directory)!r} cannot be written ({there} {found}); give another directory"
+            f"output_dir={str(directory)!r} cannot be written ({there} {fault}); give another directory"
         )
+
+
+def _run_in_the_way(directory: Path, config: BaseConfig, found: Checkpoint | None) -> str | None:
+    """What shows that the directory holds a run which this one would replace; None where nothing does."""
+    if config.overwrite_output_dir or _is_continued(directory, found):
+        return None
+    steps = checkpoint.list_steps(directory / checkpoint.FOLDER)
+    if config.resume == "auto":
+        # A run that was killed before its first checkpoint starts afresh; a finished one is worth protecting.
+        return "completed, without a whole checkpoint" if _status(directory) == "completed" else None
+    # A run that ended before its first figure left nothing that is worth protecting.
+    if (directory / "metrics.jsonl").exists():
+        return "metrics.jsonl"
+    return f"{len(steps)} checkpoints" if steps else None
+
+
+def _is_continued(directory: Path, found: Checkpoint | None) -> bool:
+    return found is not None and _same_directory(directory, str(found.run_directory))
+
+
+def _status(directory: Path) -> str | None:
+    try:
+        return json.loads((directory / "run_summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError):
+        return None
 
 
 def _same_directory(directory: Path, model: str) -> bool:
@@ -196,8 +269,9 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-from ds_align import distributed
-from ds_align.batch import PackedBatch
+from ds_align import checkpoint, distributed
+from ds_align.checkpoint import Checkpoint
 from ds_align.config import (
     METHODS,
     BaseConfig,
@@ -19,14 +19,16 @@ from ds_align.config import (
     KTOConfig,
     SimPOConfig,
 )
-from ds_align.engine import AlignEngine, StepResult
+from ds_align.engine import AlignEngine, StepResult, checkpoint_io
+from ds_align.engine.init import init_distributed
 from ds_align.errors import NonFiniteError
 from ds_align.evaluate import evaluate
 from ds_align.export import save_model
-from ds_align.metrics import MetricSums
 from ds_align.progress import Progress
-from ds_align.records import RunRecords, check_output_dir, peak_memory_gb
+from ds_align.records import RunRecords, check_output_dir, peak_memory_gb, versions
+from ds_align.same_run import changed_versions, check_facts, check_settings, settings_of
 from ds_align.splits import DataSource, load
+from ds_align.tally import Tally
 
 _PLAIN_NAMES = (
     "preference_accuracy",
@@ -48,37 +50,25 @@ class TrainOutput:
     metrics: dict[str, float]
 
 
-@dataclasses.dataclass(slots=True)
-class _Window:
-    """Counts of this rank since the last logged step, and the time that they took."""
-
-    started: float
-    preferences: int = 0
-    tokens: int = 0
-    unshared_tokens: int = 0
-    padded_tokens: int = 0
-    slots: int = 0
-    steps: int = 0
-    imbalance: float = 1.0
-    oversized: int = 0
-
-
 class Trainer:
     """Trains a policy by the method of its config.
 
     Usage: `Trainer(DPOConfig(...)).train()`, in one process or under the deepspeed launcher.
     """
 
-    config_types: ClassVar[tuple[type[BaseConfig], ...]] = tuple(spec.config for spec in METHODS.values())
+    # Empty: those of every method that is there when a trainer is made, a user's own among them.
+    config_types: ClassVar[tuple[type[BaseConfig], ...]] = ()
 
     def __init__(self, config: BaseConfig) -> None:
-        if not isinstance(config, self.config_types):
-            expected = " or ".join(kind.__name__ for kind in self.config_types)
+        kinds = self.config_types or tuple(spec.config for spec in METHODS.values())
+        if not isinstance(config, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
             raise TypeError(f"{type(self).__name__} takes a {expected}, not {type(config).__name__}")
         self.config = config
         self.output_dir = Path(config.resolved_output_dir)
         self.engine: AlignEngine | None = None
         self.global_step = 0
+        self._messages: list[str] = []
 
     def setup(
         self, train_dataset: DataSource | None = None, eval_dataset: DataSource | None = None
@@ -100,32 +90,76 @@ class Trainer:
         started = time.perf_counter()
         if self.config.dry_run:
             return self._dry_run(train_dataset, eval_dataset)
-        records = distributed.agree(lambda: RunRecords.open(self.output_dir, self.config))
+        found = self._find_checkpoint()
+        records = distributed.agree(lambda: RunRecords.open(self.output_dir, self.config, found))
         try:
             if self.engine is None or train_dataset is not None or eval_dataset is not None:
                 self.setup(train_dataset, eval_dataset)
-            return self._train(records, started)
+            return self._train(records, started, found)
         except BaseException as error:
             records.fail(error)
             raise
 
     def _dry_run(self, train_dataset: DataSource | None, eval_dataset: DataSource | None) -> TrainOutput:
         """Everything up to the first step, shown instead of trained; writes nothing."""
-        distributed.agree(lambda: check_output_dir(self.output_dir, self.config))
+        found = self._find_checkpoint()
+        distributed.agree(lambda: check_output_dir(self.output_dir, self.config, found))
         engine = self.engine or self.setup(train_dataset, eval_dataset)
-        Progress(engine, self.config).show_plan(next(engine.batches()))
+        start = 0
+        if found is not None:
+            start = found.step
+            self._check_facts(found)
+        progress = Progress(engine, self.config)
+        for batch in engine.batches(start):
+            progress.show_plan(batch)
+            break
         return TrainOutput(0, math.nan, {})
 
-    def _train(self, records: RunRecords, started: float) -> TrainOutput:
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The verified checkpoint that config.resume asks for; None to start afresh.
+
+        Collective: every rank must call this. Raises CheckpointError, before anything is loaded.
+        """
+        self._messages = []
+        if self.config.resume in (None, "none"):
+            return None
+        init_distributed()
+        found = checkpoint.choose(self.output_dir, self.config.resume)
+        if found is None:
+            folder = self.output_dir / checkpoint.FOLDER
+            self._messages.append(f"resume: {folder} holds no whole checkpoint; starting at the first step")
+            return None
+        self._messages += check_settings(found.path, found.state, self.config, distributed.world_size())
+        self._messages += changed_versions(found.state, versions())
+        self._messages.append(f"resume: going on after step {found.step} of {found.path}")
+        return found
+
+    def _check_facts(self, found: Checkpoint) -> None:
+        """Holds the loaded run against the checkpoint's. Collective; raises CheckpointError."""
+        facts = checkpoint_io.run_facts(self.engine)
+        self.engine.messages += distributed.agree(
+            lambda: check_facts(found.path, found.state, facts, self.config)
+        )
+
+    def _train(self, records: RunRecords, started: float, found: Checkpoint | None) -> TrainOutput:
         engine = self.engine
+        engine.messages += self._messages
+        tally = Tally(engine.spec.inputs, engine.device)
+        if found is not None:
+            self._check_facts(found)
+            tally.load(found.state["tally"], checkpoint_io.load(engine, found))
+            started -= found.state["seconds"]
+            engine.reference_seconds += found.state["reference_seconds"]
+        self.global_step = engine.global_step if found is not None else 0
+        records.start(engine, found)
         progress = Progress(engine, self.config)
-        records.start(engine)
-        if self.config.eval_on_start:
+        progress.advance(self.global_step)
+        if self.config.eval_on_start and found is None:
             self._evaluate_and_record(records, progress, 0.0)
-        loss_sum, totals = self._run_steps(records, progress)
+        self._run_steps(records, progress, tally, started)
         progress.close()
         save_model(engine, self.output_dir)
-        training_loss = loss_sum / max(1, self.global_step)
+        training_loss = tally.loss_sum / max(1, self.global_step)
         seconds = time.perf_counter() - started
         metrics = records.final_metrics(training_loss, seconds)
         memory = distributed.all_reduce_max(peak_memory_gb(engine.device), engine.device)
@@ -137,57 +171,66 @@ class Trainer:
             seconds=seconds,
             skipped_steps=engine.num_skipped_steps,
             reference_time_fraction=engine.reference_seconds / seconds,
-            tokens_forward=totals.get("tokens", 0.0),
-            tokens_padded_equivalent=totals.get("padded_tokens", 0.0),
+            tokens_forward=tally.totals.get("tokens", 0.0),
+            tokens_padded_equivalent=tally.totals.get("padded_tokens", 0.0),
             peak_memory_gb=memory,
         )
         progress.show_end(self.output_dir, metrics)
         return TrainOutput(self.global_step, training_loss, metrics)
 
-    def _run_steps(self, records: RunRecords, progress: Progress) -> tuple[float, dict[str, float]]:
-        """All optimizer steps; returns the sum of the steps' losses and the run's token counts."""
+    def _run_steps(self, records: RunRecords, progress: Progress, tally: Tally, started: float) -> None:
+        """All optimizer steps from self.global_step on."""
         engine = self.engine
-        sums = MetricSums(engine.spec.inputs, engine.device)
-        window = _Window(time.perf_counter())
-        loss_sum, totals = 0.0, {}
-        for global_batch in engine.batches():
+        facts = checkpoint_io.run_facts(engine) if self.config.save_steps is not None else {}
+        for global_batch in engine.batches(start=self.global_step):
             for batch in global_batch.micro_batches:
                 output = engine.forward(batch)
                 engine.backward(output.losses.sum(), global_count=global_batch.num_preferences)
-                sums.add(output, batch)
-                _count(window, batch)
+                tally.add(output, batch)
             result = engine.step()
-            window.steps += 1
-            window.imbalance = max(window.imbalance, global_batch.rank_imbalance)
-            window.oversized += global_batch.num_oversized
+            tally.end_step(global_batch)
             self.global_step = step = global_batch.step
             progress.advance()
             if step % self.config.logging_steps == 0 or step == engine.num_steps or step == 1:
-                means, counts = self._log(sums, window, result)
+                means, counts = self._log(tally, result)
                 records.log(step, global_batch.epoch, means)
                 progress.show(step, means)
-                loss_sum += means["loss"] * window.steps
-                totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
-                sums.reset()
-                window = _Window(time.perf_counter())
+                tally.close_window(means["loss"], counts)
+            paused = time.perf_counter()
             if self._is_evaluation_step(step):
-                paused = time.perf_counter()
                 self._evaluate_and_record(records, progress, global_batch.epoch)
-                window.started += time.perf_counter() - paused
-        return loss_sum, totals
+            if self.config.save_steps is not None and step % self.config.save_steps == 0:
+                # After the evaluation: what a checkpoint's step has recorded is not computed again.
+                self._save_checkpoint(records, tally, facts, time.perf_counter() - started)
+            tally.window.started += time.perf_counter() - paused
 
-    def _log(
-        self, sums: MetricSums, window: _Window, result: StepResult
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def _save_checkpoint(self, records: RunRecords, tally: Tally, facts: dict, seconds: float) -> None:
+        """Writes the checkpoint of this step. Collective; raises CheckpointError."""
+        engine, folder = self.engine, self.output_dir / checkpoint.FOLDER
+        checkpoint.with_disk_errors(records.sync, self.output_dir)
+        state = {
+            **settings_of(self.config, engine.world_size),
+            "facts": facts,
+            "tally": tally.state(),
+            "seconds": seconds,
+            "reference_seconds": engine.reference_seconds,
+            "versions": versions(),
+        }
+        saved = checkpoint_io.save(engine, folder, state, tally.rank_state())
+        records.note_checkpoint(saved)
+        checkpoint.prune(folder, self.global_step, self.config.save_total_limit)
+
+    def _log(self, tally: Tally, result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
         """The window's metrics. Collective, once a logged step: every rank must call this."""
-        counters = ("preferences", "tokens", "unshared_tokens", "padded_tokens", "slots")
-        means, counts = sums.reduce(**{name: getattr(window, name) for name in counters})
+        window = tally.window
+        means, counts = tally.reduce()
         if not math.isfinite(means["loss"]):
             raise NonFiniteError(
                 f"step {self.global_step}: loss={means['loss']} is not finite; lower learning_rate "
                 f"(now {self.config.learning_rate:g}), check the data, or use bfloat16 instead of float16"
             )
-        seconds = time.perf_counter() - window.started
+        seconds = window.seconds
+        means |= {alias: means[name] for alias, name in self.config.metric_aliases.items()}
         means |= {
             "grad_norm": float(result.grad_norm),
             "learning_rate": result.learning_rate,
@@ -252,11 +295,3 @@ class PreferenceTrainer(Trainer):
     """Trainer for KTOConfig, IPOConfig and CPOConfig."""
 
     config_types = (KTOConfig, IPOConfig, CPOConfig)
-
-
-def _count(window: _Window, batch: PackedBatch) -> None:
-    window.preferences += batch.num_preferences
-    window.tokens += batch.num_tokens
-    window.unshared_tokens += batch.num_unshared_tokens
-    window.padded_tokens += batch.num_padded_tokens
-    window.slots += batch.input_ids.numel() if batch.num_tokens else 0

@@ -93,6 +93,18 @@ class PreferenceDataset(Sequence):
             self.name, self.inputs, self._tables, counts=self.counts, notes=self.notes, rows=kept
         )
 
+    def digest(self) -> str:
+        """A hash of all tokens, labels and y' in row order; equal for equal data, wherever they came from."""
+        tables = self._tables
+        parts = [self._rows, tables.prompt_index, tables.desirable, tables.kl_index]
+        for table in (tables.prompts, tables.completions):
+            parts += [table.offsets, table.values]
+        found = blake2b(f"{self.inputs} {tables.max_length}".encode(), digest_size=16)
+        for part in parts:
+            found.update(b"-" if part is None else f"{part.dtype}{part.shape}".encode())
+            found.update(b"" if part is None else np.ascontiguousarray(part).data)
+        return found.hexdigest()
+
     def _kl_lengths(self, lengths: np.ndarray) -> np.ndarray:
         if self._tables.kl_index is None or not len(self._tables.kl_index):
             return np.zeros(len(self), dtype=np.int64)

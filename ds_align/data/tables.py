@@ -56,7 +56,7 @@ def as_int64(values: array) -> np.ndarray:
 def mismatched_rows(prompt_keys: np.ndarray) -> np.ndarray:
     """The next row in file order (cyclic) whose prompt differs, for each row; int64 [n], -1 for none.
 
-    The y' of KTO's z0 (arXiv:2402.01306, section 4.1) is that row's completion: fixed for a data set,
+    The y' of KTO's z0 (arXiv:2402.01306) is that row's completion: fixed for a data set,
     whatever the seed, the batch or the number of ranks. O(n log n) at most, vectorised.
     """
     num_rows = len(prompt_keys)

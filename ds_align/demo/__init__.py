@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_align.config import METHODS
 from ds_align.demo.build import DEFAULT_DIRECTORY, DemoPaths, build
 
 __all__ = ["DEFAULT_DIRECTORY", "DEMO_OVERRIDES", "DemoPaths", "build", "demo_overrides"]
@@ -34,6 +33,8 @@ DEMO_OVERRIDES: dict[str, Any] = {
 # tell the answers apart but answers in broken sentences. It holds the policy back, hence the larger step.
 _LIKELIHOOD_WEIGHT = 0.3
 _LIKELIHOOD_OVERRIDES: dict[str, Any] = {"learning_rate": 8e-4, "max_steps": 80}
+# The fields that weigh the likelihood of the chosen completions, by method.
+_LIKELIHOOD_FIELDS = {"dpo": "rpo_alpha", "cpo": "cpo_alpha", "simpo": "sft_weight"}
 
 
 def demo_overrides(method: str) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def demo_overrides(method: str) -> dict[str, Any]:
 
     A method whose objective has a likelihood term uses it, whatever its default is.
     """
-    likelihood_weight = METHODS[method].nll_weight
+    likelihood_weight = _LIKELIHOOD_FIELDS.get(method)
     if likelihood_weight is None:
         return dict(DEMO_OVERRIDES)
     return {**DEMO_OVERRIDES, **_LIKELIHOOD_OVERRIDES, likelihood_weight: _LIKELIHOOD_WEIGHT}

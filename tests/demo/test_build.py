@@ -122,7 +122,7 @@ def test_overrides_are_settings_of_every_method(method):
     config = METHODS[method].config(**demo_overrides(method))
     assert config.eval_on_start
     assert config.learning_rate == demo_overrides(method)["learning_rate"]
-    likelihood_weight = METHODS[method].nll_weight
+    likelihood_weight = {"dpo": "rpo_alpha", "cpo": "cpo_alpha", "simpo": "sft_weight"}.get(method)
     assert likelihood_weight is None or getattr(config, likelihood_weight) > 0
 
 

@@ -1,0 +1,172 @@
+"""Whether a checkpoint belongs to this run: what must be the same, and what may change on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_align.config import BaseConfig
+from ds_align.errors import CheckpointError
+
+# Without influence on the weights.
+_FREE = frozenset(
+    {
+        "debug",
+        "dry_run",
+        "eval_on_start",
+        "eval_steps",
+        "learning_rate_override",
+        "logging_steps",
+        "max_shard_size",
+        "output_dir",
+        "overwrite_output_dir",
+        "per_device_eval_batch_size",
+        "resume",
+        "run_name",
+        "save_steps",
+        "save_total_limit",
+        "trust_remote_code",
+    }
+)
+# The same mathematics in another order: what a run may need that ran out of memory.
+_ROUNDING = frozenset(
+    {
+        "attn_implementation",
+        "gradient_checkpointing",
+        "pack_max_tokens",
+        "prefix_sharing",
+        "ref_batch_tokens",
+        "ref_ds_config",
+    }
+)
+# Held by what came of them instead: the tokens, the number of steps, the global batch, the DeepSpeed values.
+_BY_OUTCOME = frozenset(
+    {
+        "chat_template",
+        "dataset_path",
+        "ds_config",
+        "eval_dataset_path",
+        "eval_fraction",
+        "gradient_accumulation_steps",
+        "max_bad_fraction",
+        "max_steps",
+        "num_train_epochs",
+        "on_bad_rows",
+        "per_device_train_batch_size",
+        "tokenizer_name",
+    }
+)
+# Follow from the global batch and the number of ranks.
+_DS_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def settings_of(config: BaseConfig, world_size: int) -> dict[str, Any]:
+    """What run_state.json keeps of the settings, all JSON values."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return {
+        "method": config.method,
+        "world_size": world_size,
+        "global_batch_size": batch * world_size,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def check_settings(path: Path, state: Mapping[str, Any], config: BaseConfig, world_size: int) -> list[str]:
+    """Messages about settings that changed and may; needs no model and no data.
+
+    Raises CheckpointError that shows each setting which may not (checkpoint's value -> this run's).
+    """
+    now = settings_of(config, world_size)
+    if state["world_size"] != world_size:
+        raise CheckpointError(
+            f"{path}: {_change('world_size', state['world_size'], world_size)}; continue it on "
+            f"{state['world_size']} rank(s)"
+        )
+    if state["method"] != config.method:
+        raise _other_run(path, [_change("method", state["method"], config.method)])
+    changed = list(_changed_fields(state["config"], now["config"], type(config)))
+    wrong = [_change(*change) for change in changed if change[0] not in _FREE | _ROUNDING | _BY_OUTCOME]
+    if state["global_batch_size"] != now["global_batch_size"]:
+        wrong.append(_change("global_batch_size", state["global_batch_size"], now["global_batch_size"]))
+    if wrong:
+        raise _other_run(path, wrong)
+    rounding = [_change(*change) for change in changed if change[0] in _ROUNDING]
+    if rounding:
+        return [
+            f"{', '.join(rounding)}: the run goes on with it, equal to an uninterrupted one up to rounding"
+        ]
+    return []
+
+
+def changed_versions(state: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """A message where other versions wrote the checkpoint: bits are promised for the same ones only."""
+    changes = [_change(*change) for change in _changed_values(state["versions"], now)]
+    if not changes:
+        return []
+    return [
+        f"{', '.join(changes)}: the run goes on, but may differ in the last bits from an uninterrupted one"
+    ]
+
+
+def check_facts(
+    path: Path, state: Mapping[str, Any], facts: Mapping[str, Any], config: BaseConfig
+) -> list[str]:
+    """Messages about what differs in the loaded run and may; facts: run_facts() of engine.checkpoint_io.
+
+    Raises CheckpointError that shows each fact which may not differ (checkpoint's value -> this run's).
+    """
+    changed = [_change(*change) for change in _changed_values(_flat(state["facts"]), _flat(facts))]
+    steps, total = state["facts"]["num_steps"], facts["num_steps"]
+    messages = []
+    if steps != total:
+        text = _change("num_steps", steps, total)
+        # Only a constant rate says the same of the steps so far, whatever the end.
+        if config.lr_scheduler_type != "constant" or config.warmup_ratio > 0:
+            text += f" (the learning rate of lr_scheduler_type={config.lr_scheduler_type} depends on it)"
+            changed.append(text)
+        elif total < state["global_step"]:
+            changed.append(f"{text} (the checkpoint is at step {state['global_step']})")
+        else:
+            messages.append(f"{text}: the constant learning rate goes on")
+    if changed:
+        raise _other_run(path, changed)
+    return messages
+
+
+def _other_run(path: Path, changes: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not a checkpoint of this run: {'; '.join(changes)} (checkpoint -> now); "
+        "give the checkpoint's values, or start afresh in another output_dir"
+    )
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    return f"{name}: {before!r} -> {now!r}"
+
+
+def _changed_fields(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config_class: type[BaseConfig]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name, value in now.items():
+        # A field that is newer than the checkpoint had its default's effect.
+        before = saved.get(name, config_class.model_fields[name].default)
+        if before != value:
+            yield name, before, value
+
+
+def _changed_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*saved, *now} - {"num_steps"}):
+        if saved.get(name) != now.get(name):
+            yield name, saved.get(name), now.get(name)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted names, without what follows from the batch."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif not (prefix and name in _DS_BATCH):
+            found[prefix + name] = value
+    return found
