@@ -26,6 +26,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "bnb": ["bitsandbytes>=0.48"],
+    "trl": ["trl>=1.16"],
     "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.14", "import-linter>=2.3"],
 }
 

@@ -26,6 +26,8 @@ EXTRA = {
     "cpo": {},
     "simpo": {},
 }
+TRAINING = "losses grad_norms weights"
+ALIKE = "losses grad_norms learning_rates"
 EVALUATED = {"eval_dataset_path": "WORK/heldout.jsonl"}
 
 

@@ -41,9 +41,11 @@ class RemoteModel(Qwen2ForCausalLM):
 
 
 def write_models(work: Path) -> None:
-    """policy, reference, other (weights), dropout, swapped (tokenizer), remote (code beside the weights)."""
+    """policy, reference, other (weights), wide, experts, dropout, swapped (tokenizer), remote (code)."""
     for seed, name in enumerate(("policy", "reference", "other")):
         tiny.write_model(work / name, seed=seed, **SIZES)
+    tiny.write_model(work / "wide", **(SIZES | {"intermediate_size": 32}))
+    tiny.write_model(work / "experts", kind="qwen3_moe", **SIZES)
     for name in ("dropout", "swapped", "remote"):
         shutil.copytree(work / "policy", work / name)
     edit_json(work / "dropout" / "config.json", attention_dropout=0.5)
@@ -131,6 +133,7 @@ def fingerprint(trainer: Trainer, layer_calls: int) -> dict:
     deepspeed_engine = engine.policy.engine
     optimizer = deepspeed_engine.basic_optimizer
     weights = dict(engine.policy.weights())
+    own_engine = getattr(engine.reference, "engine", None)
     result = {
         "output_dir": directory.name,
         "files": sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()),
@@ -145,7 +148,7 @@ def fingerprint(trainer: Trainer, layer_calls: int) -> dict:
         "zero_stage": deepspeed_engine.zero_optimization_stage(),
         "policy_ds": deepspeed_engine._config._param_dict,
         "optimizer": [type(optimizer).__name__, {name: str(v) for name, v in optimizer.defaults.items()}],
-        "reference_ds": None if engine.reference is None else engine.reference.engine._config._param_dict,
+        "reference_ds": own_engine._config._param_dict if own_engine else None,
         "layer_calls": layer_calls,
     }
     return result | describe_plan(engine) | read_records(directory)

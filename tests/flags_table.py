@@ -10,7 +10,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.tiny import ds_config
-from tests.flags_entries import EVALUATED, NO_REFERENCE, Effect, Refused
+from tests.flags_adapters import ADAPTERS
+from tests.flags_checkpoints import CHECKPOINTS
+from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect, Refused
+from tests.flags_methods import OWN, SYNC
 
 
 def longest(part: slice) -> Callable[[dict], int]:
@@ -38,8 +41,6 @@ def read_by_kto_only(name: str) -> list[Effect | Refused]:
 
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{{ eos_token }}{% endfor %}"
-TRAINING = "losses grad_norms weights"
-ALIKE = "losses grad_norms learning_rates"
 
 MODEL = {
     "model_name_or_path": [
@@ -258,6 +259,15 @@ OPTIMISATION = {
         for limit in (0.1, 0.0)
     ],
     "seed": [Effect({"seed": 7}, "order first_loss weights")],
+    "router_aux_loss_coef": [
+        Effect(
+            {"router_aux_loss_coef": 1.0},
+            "first_loss weights",
+            "order",
+            base={"model_name_or_path": "WORK/experts", "ref_model_name": None},
+        ),
+        Refused({"router_aux_loss_coef": 1.0}, "not a mixture of experts"),
+    ],
 }
 OPTIMISATION["adam_beta1"] += [
     Refused({"optim": "sgd", name: value}, f"{name}: optim=sgd has no such values")
@@ -324,60 +334,7 @@ SYSTEM = {
 }
 
 
-def own(method: str, *changes: dict, differs: str = "first_loss weights", base: dict | None = None) -> list:
-    return [Effect(change, differs, "tokens order", base or {}, method) for change in changes]
-
-
-def smoothing(method: str, refused: str) -> list:
-    words = f"label_smoothing=0.2 has no meaning for loss_type={refused}"
-    return [
-        *own(method, {"label_smoothing": 0.2}),
-        Refused({"label_smoothing": 0.2, "loss_type": refused}, words, method),
-    ]
-
-
-OWN = {
-    ("dpo", "beta"): own("dpo", {"beta": 0.5}),
-    ("dpo", "loss_type"): own("dpo", {"loss_type": "hinge"}, {"loss_type": "ipo"}),
-    ("dpo", "label_smoothing"): [
-        *smoothing("dpo", "hinge"),
-        *own("dpo", {"label_smoothing": 0.2}, base={"loss_type": "ipo"}),
-    ],
-    ("dpo", "reference_free"): own(
-        "dpo", {"reference_free": True, **NO_REFERENCE}, differs="first_loss reference"
-    ),
-    ("dpo", "rpo_alpha"): own("dpo", {"rpo_alpha": 1.0}),
-    ("ipo", "beta"): own("ipo", {"beta": 0.5}),
-    ("ipo", "length_normalize"): own("ipo", {"length_normalize": False}),
-    ("ipo", "label_smoothing"): own("ipo", {"label_smoothing": 0.2}),
-    ("kto", "beta"): own("kto", {"beta": 0.5}),
-    ("kto", "desirable_weight"): own("kto", {"desirable_weight": 2.0}, {"desirable_weight": 0.0}),
-    ("kto", "undesirable_weight"): [
-        *own("kto", {"undesirable_weight": 2.0}, {"undesirable_weight": 0.0}),
-        Refused({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "leave no loss", "kto"),
-    ],
-    ("kto", "use_ref_model"): own(
-        "kto", {"use_ref_model": False, **NO_REFERENCE}, differs="first_loss reference"
-    ),
-    ("cpo", "beta"): own("cpo", {"beta": 0.5}),
-    ("cpo", "loss_type"): own("cpo", {"loss_type": "hinge"}, {"loss_type": "ipo"}),
-    ("cpo", "label_smoothing"): smoothing("cpo", "ipo"),
-    ("cpo", "length_normalize"): [
-        *own("cpo", {"length_normalize": False}, base={"loss_type": "ipo"}),
-        Refused({"length_normalize": False}, "length_normalize=False has no effect", "cpo"),
-    ],
-    ("cpo", "cpo_alpha"): own("cpo", {"cpo_alpha": 0.0}),
-    ("simpo", "beta"): own("simpo", {"beta": 5.0}),
-    ("simpo", "gamma_beta_ratio"): own("simpo", {"gamma_beta_ratio": 0.0}),
-    ("simpo", "loss_type"): [
-        *own("simpo", {"loss_type": "hinge"}),
-        Effect({"loss_type": "simpo"}, same=TRAINING, method="simpo"),
-    ],
-    ("simpo", "label_smoothing"): smoothing("simpo", "hinge"),
-    ("simpo", "sft_weight"): own("simpo", {"sft_weight": 1.0}),
-}
-
-SHARED_FIELDS = MODEL | DATA | BATCH | OPTIMISATION | OUTPUT | SYSTEM
+SHARED_FIELDS = MODEL | ADAPTERS | SYNC | DATA | BATCH | OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
 
 
 def every_entry() -> list[tuple[str, Effect | Refused]]:

@@ -40,7 +40,8 @@ def program_arguments() -> list[str]:
 def destroy(engine: object) -> None:
     """Takes DeepSpeed's hooks off an AlignEngine's models, so that the next of the process starts lean."""
     for part in (engine.policy, engine.reference):
-        if part is not None:
+        # A reference that is the policy with its adapters off has no engine of its own.
+        if hasattr(part, "engine"):
             part.engine.destroy()
     gc.collect()
 
@@ -69,10 +70,8 @@ def write_model(
     **sizes: int,
 ) -> Path:
     """A random model with its tokenizer; large enough weights that log-probs are far from uniform."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_class, model_class = classes[kind]
     torch.manual_seed(seed)
     shape = {
         "vocab_size": VOCABULARY,
@@ -83,7 +82,10 @@ def write_model(
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    config = config_class(
+    if kind == "qwen3_moe":
+        shape |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    config = AutoConfig.for_model(
+        kind,
         **(shape | sizes),
         tie_word_embeddings=tied,
         initializer_range=0.1,
@@ -92,7 +94,7 @@ def write_model(
         eos_token_id=EOS,
         pad_token_id=EOS,
     )
-    model_class(config).save_pretrained(directory, max_shard_size=max_shard_size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory, max_shard_size=max_shard_size)
     write_tokenizer(directory)
     return directory
 

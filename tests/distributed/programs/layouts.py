@@ -1,4 +1,4 @@
-"""Trains every method for four steps in one layout after the other; saves losses, log-probs and weights.
+"""Trains every case for four steps in one layout after the other; saves losses, log-probs and weights.
 
 usage: layouts.py MODELS OUT.pt one_rank|two_ranks
 """
@@ -13,8 +13,35 @@ from ds_align import AlignEngine, distributed
 from ds_align.config import METHODS, BaseConfig
 from tests.distributed.tiny import destroy, ds_config, pairs, program_arguments, reference_ds_config, unpaired
 
-EXTRA = {"cpo": {"cpo_alpha": 1.0}, "simpo": {"sft_weight": 0.5}}
 GLOBAL_BATCH = 6
+# name -> (method, settings). The first five run in every layout, the others in those of FEWER.
+CASES = {
+    "dpo": ("dpo", {}),
+    "ipo": ("ipo", {}),
+    "kto": ("kto", {}),
+    "cpo": ("cpo", {"cpo_alpha": 1.0}),
+    "simpo": ("simpo", {"sft_weight": 0.5}),
+    "aot": ("dpo", {"loss_type": "aot", "beta": 0.05}),
+    "aot_unpaired": ("dpo", {"loss_type": "aot_unpaired", "label_smoothing": 0.1, "beta": 0.05}),
+    "bco": ("dpo", {"loss_type": "bco_pair", "beta": 0.05}),
+    "mixture": (
+        "dpo",
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 0.5], "beta": 0.05},
+    ),
+    "ld_wpo": ("dpo", {"ld_alpha": 0.4, "use_weighting": True}),
+    "moe": (
+        "dpo",
+        {
+            "model_name_or_path": "moe",
+            "ref_model_name": "moe_reference",
+            "router_aux_loss_coef": 0.3,
+        },
+    ),
+    "apo": ("kto", {"loss_type": "apo_zero_unpaired"}),
+}
+MODEL_KEYS = ("model_name_or_path", "ref_model_name")
+FEWER = ("one_pack", "micro_batches", "zero3")
+EVERYWHERE = ("dpo", "ipo", "kto", "cpo", "simpo")
 
 
 def accumulated(num_ranks: int) -> dict[str, int]:
@@ -39,7 +66,9 @@ TWO_RANKS = {
 }
 
 
-def build_config(method: str, models: Path, num_ranks: int, **settings: object) -> BaseConfig:
+def build_config(name: str, models: Path, num_ranks: int, **settings: object) -> BaseConfig:
+    method, own = CASES[name]
+    own = {key: str(models / value) if key.endswith(MODEL_KEYS) else value for key, value in own.items()}
     config_class = METHODS[method].config
     # Sums over long completions are large: a small beta keeps the sigmoid away from its flat ends.
     values = {
@@ -52,10 +81,11 @@ def build_config(method: str, models: Path, num_ranks: int, **settings: object) 
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "dtype": "float32",
-        **EXTRA.get(method, {}),
+        **own,
     }
     if METHODS[method].needs_reference(config_class()):
-        values |= {"ref_model_name": str(models / "reference"), "ref_ds_config": reference_ds_config()}
+        values["ref_ds_config"] = reference_ds_config()
+        values.setdefault("ref_model_name", str(models / "reference"))
         # A batch of the reference is set apart from the policy's packs where a layout does not say otherwise.
         settings.setdefault("ref_batch_tokens", 256)
     else:
@@ -67,6 +97,8 @@ def run_case(config: BaseConfig) -> dict:
     rows = unpaired() if config.method == "kto" else pairs()
     engine = AlignEngine.from_config(config, train_dataset=rows)
     start = dict(engine.policy.weights())
+    forwards: list[int] = []
+    engine.policy.module.register_forward_pre_hook(lambda *_: forwards.append(engine.global_step))
     losses, micro_batches, kl, counts = [], [], [], []
     logps: dict[int, float] = {}
     for global_batch in engine.batches():
@@ -92,6 +124,8 @@ def run_case(config: BaseConfig) -> dict:
         "losses": losses,
         "logps": logps,
         "kl": kl,
+        "forwards": [forwards.count(step) for step in range(len(losses))],
+        "state": engine.state_dict()["objective"],
         "micro_batches": micro_batches,
         "preferences_by_rank": counts,
         "zero_stage": engine.policy.zero_stage,
@@ -107,9 +141,10 @@ def main() -> None:
     models, out, ranks = program_arguments()
     layouts, num_ranks = (ONE_RANK, 1) if ranks == "one_rank" else (TWO_RANKS, 2)
     results = {}
-    for method in METHODS:
-        for name, settings in layouts.items():
-            results[method, name] = run_case(build_config(method, Path(models), num_ranks, **settings))
+    for name in CASES:
+        for layout, settings in layouts.items():
+            if name in EVERYWHERE or layout in FEWER:
+                results[name, layout] = run_case(build_config(name, Path(models), num_ranks, **settings))
     if distributed.is_main():
         torch.save(results, out)
     distributed.barrier()
