@@ -79,7 +79,9 @@ class PolicyEngine:
         if config.disable_dropout:
             policy.disable_dropout()
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The name changed within transformers 5; the older one warns where both are there.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         engine, *_ = deepspeed.initialize(
             model=policy,

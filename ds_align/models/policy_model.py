@@ -23,16 +23,30 @@ def choose_layout(
 ) -> tuple[Layout, str | None]:
     """The layout for a model, and a message where the architecture rules out the one that was asked for.
 
-    config: a transformers config. Raises ValueError where packing is demanded and impossible.
+    config: a transformers config. Raises ValueError where packing or SDPA is demanded and impossible.
     """
+    if attn_implementation == "sdpa" and not _has_sdpa(config):
+        raise ValueError(
+            f"attn_implementation='sdpa' is not possible: architecture {config.model_type!r} has no SDPA in "
+            "transformers; use 'auto' or 'eager'"
+        )
     if attn_implementation not in ("auto", "packed"):
         return Layout.PADDED, None
     reason = unpackable_reason(config, max_length)
     if reason is None:
         return (Layout.SHARED if prefix_sharing else Layout.PLAIN), None
     if attn_implementation == "packed":
-        raise ValueError(f"attn_implementation='packed' is not possible: {reason}; use 'auto' or 'sdpa'")
+        raise ValueError(f"attn_implementation='packed' is not possible: {reason}; use 'auto'")
     return Layout.PADDED, f"padded rows are used instead of packs: {reason}"
+
+
+def _has_sdpa(config: object) -> bool:
+    """Whether transformers runs a model through SDPA; soft caps and sinks rule it out. Unknown code: yes."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return True
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", True)
 
 
 class PolicyModel(nn.Module):

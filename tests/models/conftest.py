@@ -27,6 +27,8 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXED = ["sliding_attention", "full_attention"]
 OWN_SETTINGS = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"attention_bias": True, "head_dim": 8},
@@ -39,6 +41,30 @@ OWN_SETTINGS = {
         "residual_multiplier": 0.7,
         "embedding_multiplier": 2.0,
     },
+    "gemma2": {"attention_bias": True, "head_dim": 16, "query_pre_attn_scalar": 12, "layer_types": MIXED}
+    | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5},
+    "gemma3_text": {"attention_bias": True, "head_dim": 16, "layer_types": MIXED}
+    | {"query_pre_attn_scalar": 12, "final_logit_softcapping": 2.5},
+    "cohere": {"attention_bias": True, "use_qk_norm": True, "logit_scale": 0.3},
+    # Where a layer has no rotary positions a key bias has no effect: these two keep their biases off.
+    "cohere2": {"logit_scale": 0.3, "layer_types": MIXED},
+    "ministral": {"head_dim": 8, "layer_types": MIXED},
+    # Its queries grow with their position from original_max_position_embeddings on.
+    "ministral3": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "olmo3": {"attention_bias": True, "layer_types": MIXED},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**MOE, "head_dim": 8},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 24},
 }
 
 
@@ -53,6 +79,10 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, parameter in model.named_parameters():
+        # Text alone never reaches the parts for images.
+        if "vision_tower" in name or "multi_modal" in name:
+            parameter.requires_grad_(False)
     return model
 
 
@@ -95,8 +125,36 @@ def score_packed(policy: nn.Module, batch: PackedBatch) -> Scored:
     return Scored([parts[unit].detach().double() for unit in sorted(parts)], gradients_of(policy.model))
 
 
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recomputes each layer in the backward pass, under whichever name transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.train()
+
+
+def assert_same(found: Scored, expected: Scored, tolerance: float = 1e-5) -> None:
+    """Log-probs within tolerance, gradients within tolerance relative to their norm."""
+    for number, (ours, theirs) in enumerate(zip(found.token_logps, expected.token_logps, strict=True)):
+        assert (ours - theirs).abs().max() < tolerance, f"log-probs of completion {number}"
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, theirs in expected.gradients.items():
+        assert theirs.norm() > 0, f"{name} is not tested by this batch"
+        error = (found.gradients[name] - theirs).norm() / theirs.norm()
+        assert error < tolerance, f"gradient of {name}: {error:.1e}"
+
+
+def largest_change(found: Scored, expected: Scored) -> float:
+    """The largest difference of a log-prob."""
+    pairs = zip(found.token_logps, expected.token_logps, strict=True)
+    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def awkward_pairs() -> list[Pair]:
@@ -140,12 +198,39 @@ class Bench:
     score_packed: Callable[[nn.Module, PackedBatch], Scored]
     one_pack: Callable[[PreferenceTable, Layout], PackedBatch]
     pairs: Sequence[Pair]
+    assert_same: Callable[[Scored, Scored], None]
+    largest_change: Callable[[Scored, Scored], float]
+    enable_checkpointing: Callable[[nn.Module], None]
+    alone: Callable[..., Scored]
 
     @property
     def table(self) -> PreferenceTable:
         return PreferenceTable.from_preferences(self.pairs)
 
 
+def alone(model_type: str, **changes: object) -> Scored:
+    """Reference results: the rows of awkward_pairs alone through the plain eager model, computed once."""
+    key = repr((model_type, sorted(changes.items())))
+    if key not in _ALONE:
+        model = make_model(model_type, **changes)
+        model.set_attn_implementation("eager")
+        _ALONE[key] = score_alone(model, PreferenceTable.from_preferences(awkward_pairs()))
+    return _ALONE[key]
+
+
+_ALONE: dict[str, Scored] = {}
+
+
 @pytest.fixture(scope="session")
 def bench() -> Bench:
-    return Bench(make_model, score_alone, score_packed, one_pack, awkward_pairs())
+    return Bench(
+        make_model,
+        score_alone,
+        score_packed,
+        one_pack,
+        awkward_pairs(),
+        assert_same,
+        largest_change,
+        enable_checkpointing,
+        alone,
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_align.models.attention import PACKABLE_MODEL_TYPES
 from ds_align.models.head import LogprobHead, head_arguments
 
 
@@ -35,3 +36,37 @@ def test_scale_and_cap_come_from_the_models_config() -> None:
     assert head_arguments(SimpleNamespace(logits_scaling=4.0)) == {"softcap": None, "scale": 0.25}
     config = SimpleNamespace(final_logit_softcapping=30.0, logit_scale=0.5)
     assert head_arguments(config) == {"softcap": 30.0, "scale": 0.5}
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKABLE_MODEL_TYPES))
+def test_every_familys_head_gives_the_log_softmax_of_the_models_own_logits(bench, model_type: str) -> None:
+    model = bench.model(model_type)
+    row = torch.tensor([[3, 14, 15, 9, 26, 53, 58, 9]])
+    with torch.no_grad():
+        logits = model(input_ids=row).logits[0, :-1]
+        plain = model.lm_head(model.model(input_ids=row).last_hidden_state[0, :-1])
+    arguments = head_arguments(model.config)
+    LogprobHead.adopt(model.lm_head, **arguments)
+    hidden = model.model(input_ids=row).last_hidden_state[0, :-1]
+    token_logps, mean_logits, collision = model.lm_head(hidden, row[0, 1:], with_collision=True)
+    logps = torch.log_softmax(logits, dim=-1)
+    expected = logps[torch.arange(7), row[0, 1:]]
+    torch.testing.assert_close(token_logps, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(collision, torch.logsumexp(2 * logps, dim=-1), rtol=0, atol=1e-5)
+    if arguments["softcap"] is None:
+        torch.testing.assert_close(mean_logits, logits.mean(dim=-1), rtol=0, atol=1e-5)
+    else:
+        # Before the cap, which changes the mean.
+        torch.testing.assert_close(mean_logits, plain.mean(dim=-1), rtol=0, atol=1e-5)
+        assert (mean_logits - logits.mean(dim=-1)).abs().max() > 1e-3
+
+
+def test_the_families_with_a_scale_or_a_cap(bench) -> None:
+    found = {name: head_arguments(bench.model(name).config) for name in sorted(PACKABLE_MODEL_TYPES)}
+    assert {name: each for name, each in found.items() if each != {"softcap": None, "scale": None}} == {
+        "cohere": {"softcap": None, "scale": 0.3},
+        "cohere2": {"softcap": None, "scale": 0.3},
+        "gemma2": {"softcap": 2.5, "scale": None},
+        "gemma3_text": {"softcap": 2.5, "scale": None},
+        "granite": {"softcap": None, "scale": pytest.approx(1 / 3)},
+    }

@@ -8,7 +8,7 @@ import torch
 
 from ds_align.batch import Layout, Pair
 from ds_align.models import PolicyModel, choose_layout
-from ds_align.models.attention import AttentionPlan, packed_attention, unpackable_reason
+from ds_align.models.attention import AttentionPlan, packed_attention
 from ds_align.packing import PreferenceTable
 
 
@@ -104,14 +104,13 @@ def test_a_missing_plan_is_an_error(bench) -> None:
         policy.model(input_ids=batch.input_ids, position_ids=batch.position_ids)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_attention_variants_that_the_plan_does_not_describe_are_refused(bench, name: str) -> None:
+def test_attention_sinks_are_refused(bench) -> None:
     segments = bench.one_pack(bench.table, Layout.SHARED).segments
     plan = AttentionPlan(segments, torch.device("cpu"))
     states = torch.randn(1, 2, 116, 4)
-    packed_attention(torch.nn.Identity(), states, states, states, None, plan=plan, **{name: None})
-    with pytest.raises(AssertionError, match=name):
-        packed_attention(torch.nn.Identity(), states, states, states, None, plan=plan, **{name: 30.0})
+    packed_attention(torch.nn.Identity(), states, states, states, None, plan=plan, s_aux=None)
+    with pytest.raises(AssertionError, match="s_aux"):
+        packed_attention(torch.nn.Identity(), states, states, states, None, plan=plan, s_aux=torch.ones(2))
 
 
 def test_a_mask_beside_the_plan_is_refused(bench) -> None:
@@ -121,55 +120,20 @@ def test_a_mask_beside_the_plan_is_refused(bench) -> None:
         packed_attention(torch.nn.Identity(), states, states, states, torch.ones(116, 116), plan=plan)
 
 
-def config_of(model_type: str, **settings: object) -> object:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(model_type, **settings)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "settings", "max_length", "words"),
-    [
-        ("mistral", {"sliding_window": 16}, 17, "sliding window of 16"),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-            9,
-            "window of 8",
-        ),
-        ("gpt2", {}, 10, "'gpt2'"),
-        ("mamba", {}, 10, "'mamba'"),
-        ("gemma2", {}, 10, "'gemma2'"),
-    ],
-)
-def test_models_that_cannot_be_packed_fall_back_and_say_why(
-    model_type: str, settings: dict, max_length: int, words: str
-) -> None:
-    config = config_of(model_type, **settings)
-    assert words in unpackable_reason(config, max_length)
-    layout, message = choose_layout(
-        config, attn_implementation="auto", prefix_sharing=True, max_length=max_length
-    )
-    assert layout is Layout.PADDED and words in message
-    with pytest.raises(ValueError, match="use 'auto' or 'sdpa'"):
-        choose_layout(config, attn_implementation="packed", prefix_sharing=True, max_length=max_length)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "settings"),
-    [
-        ("mistral", {"sliding_window": 16}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
-        ("llama", {}),
-    ],
-)
-def test_a_window_that_never_cuts_is_no_hindrance(model_type: str, settings: dict) -> None:
-    assert unpackable_reason(config_of(model_type, **settings), 16) is None
+def test_a_layers_window_that_its_mask_does_not_have_is_refused(bench) -> None:
+    plan = AttentionPlan(bench.one_pack(bench.table, Layout.SHARED).segments, torch.device("cpu"))
+    states = torch.randn(1, 2, 116, 4)
+    arguments = (torch.nn.Identity(), states, states, states)
+    packed_attention(*arguments, torch.tensor(7), plan=plan, sliding_window=7)
+    for mask in (None, torch.tensor(8)):
+        with pytest.raises(AssertionError, match="window"):
+            packed_attention(*arguments, mask, plan=plan, sliding_window=7)
 
 
 def test_the_layout_follows_the_settings() -> None:
-    config = config_of("llama")
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("llama")
 
     def choose(attention: str, *, prefix_sharing: bool = True) -> tuple[Layout, str | None]:
         return choose_layout(

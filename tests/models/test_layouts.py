@@ -10,71 +10,19 @@ from torch import nn
 
 from ds_align.batch import Layout
 from ds_align.models import PolicyModel
-from ds_align.models.attention import PACKABLE_MODEL_TYPES
-from ds_align.models.head import LogprobHead
 from ds_align.packing import Group, build_batch
-
-LAYOUTS = [
-    pytest.param(Layout.SHARED, "auto", id="shared"),
-    pytest.param(Layout.PLAIN, "auto", id="plain"),
-    pytest.param(Layout.PADDED, "sdpa", id="padded-sdpa"),
-    pytest.param(Layout.PADDED, "eager", id="padded-eager"),
-]
-
-
-@pytest.fixture(scope="module")
-def alone(bench):
-    """Reference results by architecture, each computed once."""
-    known = {}
-
-    def score(model_type: str, **changes):
-        key = (model_type, *sorted(changes))
-        if key not in known:
-            model = bench.model(model_type, **changes)
-            model.set_attn_implementation("eager")
-            known[key] = bench.score_alone(model, bench.table)
-        return known[key]
-
-    return score
-
-
-def assert_same(found, expected, tolerance: float = 1e-5) -> None:
-    for number, (ours, theirs) in enumerate(zip(found.token_logps, expected.token_logps, strict=True)):
-        assert (ours - theirs).abs().max() < tolerance, f"log-probs of completion {number}"
-    assert found.gradients.keys() == expected.gradients.keys()
-    for name, theirs in expected.gradients.items():
-        assert theirs.norm() > 0, f"{name} is not tested by this batch"
-        error = (found.gradients[name] - theirs).norm() / theirs.norm()
-        assert error < tolerance, f"gradient of {name}: {error:.1e}"
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize(("layout", "attention"), LAYOUTS)
-@pytest.mark.parametrize("model_type", sorted(PACKABLE_MODEL_TYPES))
-def test_every_layout_gives_the_logprobs_and_gradients_of_single_rows(
-    bench, alone, model_type: str, layout: Layout, attention: str, checkpointing: bool
-) -> None:
-    model = bench.model(model_type)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-    policy = PolicyModel(model, layout, attention)
-    assert isinstance(model.get_output_embeddings(), LogprobHead)
-    batch = bench.one_pack(bench.table, layout)
-    assert batch.num_completions == 9
-    assert_same(bench.score_packed(policy, batch), alone(model_type))
 
 
 @pytest.mark.parametrize("layout", list(Layout))
-def test_tied_embeddings(bench, alone, layout: Layout) -> None:
+def test_tied_embeddings(bench, layout: Layout) -> None:
     model = bench.model("llama", tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     found = bench.score_packed(PolicyModel(model, layout), bench.one_pack(bench.table, layout))
-    assert_same(found, alone("llama", tie_word_embeddings=True))
+    bench.assert_same(found, bench.alone("llama", tie_word_embeddings=True))
 
 
 @pytest.mark.parametrize("layout", list(Layout))
-def test_a_head_of_another_class_takes_the_models_own_logits(bench, alone, layout: Layout) -> None:
+def test_a_head_of_another_class_takes_the_models_own_logits(bench, layout: Layout) -> None:
     class OtherHead(nn.Linear):
         pass
 
@@ -82,14 +30,14 @@ def test_a_head_of_another_class_takes_the_models_own_logits(bench, alone, layou
     model.lm_head.__class__ = OtherHead
     policy = PolicyModel(model, layout)
     assert not policy.fused_head
-    assert_same(bench.score_packed(policy, bench.one_pack(bench.table, layout)), alone("llama"))
+    bench.assert_same(bench.score_packed(policy, bench.one_pack(bench.table, layout)), bench.alone("llama"))
 
 
-def test_gpt2_runs_padded_through_its_own_logits(bench, alone) -> None:
+def test_gpt2_runs_padded_through_its_own_logits(bench) -> None:
     policy = PolicyModel(bench.model("gpt2"), Layout.PADDED, "sdpa")
     assert not policy.fused_head
     found = bench.score_packed(policy, bench.one_pack(bench.table, Layout.PADDED))
-    expected = alone("gpt2")
+    expected = bench.alone("gpt2")
     for ours, theirs in zip(found.token_logps, expected.token_logps, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     whole, theirs = (
@@ -100,7 +48,7 @@ def test_gpt2_runs_padded_through_its_own_logits(bench, alone) -> None:
     assert (whole - theirs).norm() / theirs.norm() < 1e-5
 
 
-def test_a_completion_that_stands_twice_in_a_pack(bench, alone) -> None:
+def test_a_completion_that_stands_twice_in_a_pack(bench) -> None:
     # Two parts of a split group may meet in one pack: the completion that both need is there twice.
     table = bench.table
     assert table.members[0][0] == table.members[2][0]
@@ -109,7 +57,7 @@ def test_a_completion_that_stands_twice_in_a_pack(bench, alone) -> None:
     policy = PolicyModel(bench.model("llama"), Layout.SHARED)
     token_logps, _ = policy(batch)
     totals = torch.zeros(4, dtype=torch.float64).index_add(0, batch.completion_index, token_logps.double())
-    expected = torch.stack([logps.sum() for logps in alone("llama").token_logps])
+    expected = torch.stack([logps.sum() for logps in bench.alone("llama").token_logps])
     torch.testing.assert_close(totals[batch.members], expected[torch.tensor(table.members)[[0, 2]]])
 
 
