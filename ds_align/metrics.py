@@ -9,6 +9,8 @@ from ds_align.batch import PackedBatch
 from ds_align.losses import PairedLogps
 from ds_align.objective import ForwardOutput
 
+# Of ForwardOutput.parts; a run logs those that its loss has.
+PARTS = ("nll_loss", "wpo_weight", "bco_delta", "aux_loss")
 _PAIRED = (
     "loss",
     "rewards/chosen",
@@ -19,10 +21,9 @@ _PAIRED = (
     "logps/rejected",
     "logits/chosen",
     "logits/rejected",
-    "nll_loss",
     "policy_accuracy",
     "confidence",
-    "aux_loss",
+    *PARTS,
 )
 _UNPAIRED = (
     "loss",
@@ -36,7 +37,7 @@ _UNPAIRED = (
     "logits/chosen",
     "logits/rejected",
     "kl",
-    "aux_loss",
+    *PARTS,
 )
 
 
@@ -99,11 +100,9 @@ def _mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> Entry:
     return (values * weights).sum(), weights.sum()
 
 
-def _balance(output: ForwardOutput) -> Entry:
-    """The routers' load-balancing loss; counts nothing for a model without experts or a weight of 0."""
-    if output.router_balance is None:
-        return _mean(output.losses[:0])
-    return _mean(output.router_balance)
+def _parts(output: ForwardOutput) -> dict[str, Entry]:
+    """The parts of the loss by name; one that this loss does not have counts nothing."""
+    return {name: _mean(output.parts.get(name, output.losses[:0])) for name in PARTS}
 
 
 def _better(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,6 @@ def _paired_entries(output: ForwardOutput, batch: PackedBatch) -> dict[str, Entr
     first, second = batch.members.unbind(1)
     means, lengths = output.mean_logits, batch.completion_lengths
     policy_chosen, policy_rejected = output.totals[first], output.totals[second]
-    nll, tokens = -policy_chosen.sum(), lengths[first].sum()
     return {
         "loss": _mean(output.losses),
         "rewards/chosen": _mean(chosen),
@@ -128,10 +126,9 @@ def _paired_entries(output: ForwardOutput, batch: PackedBatch) -> dict[str, Entr
         "logps/rejected": _mean(policy_rejected),
         "logits/chosen": _mean(means[first], lengths[first]),
         "logits/rejected": _mean(means[second], lengths[second]),
-        "nll_loss": (nll.double(), tokens.double()),
         "policy_accuracy": _mean(_better(policy_chosen / lengths[first], policy_rejected / lengths[second])),
         "confidence": _mean(torch.sigmoid(margins.abs())),
-        "aux_loss": _balance(output),
+        **_parts(output),
     }
 
 
@@ -156,5 +153,5 @@ def _unpaired_entries(output: ForwardOutput, batch: PackedBatch) -> dict[str, En
         "logits/chosen": _mean(means, lengths * good),
         "logits/rejected": _mean(means, lengths * bad),
         "kl": _mean(z0.expand(len(total))),
-        "aux_loss": _balance(output),
+        **_parts(output),
     }

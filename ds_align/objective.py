@@ -24,14 +24,14 @@ class ForwardOutput(LossOutput):
 
     losses: [num_preferences], the NLL term included. logps: what the loss saw. totals: float64
     [num_completions], summed log-probs of each completion, detached. mean_logits: float64 [num_completions],
-    the mean logit over scored tokens and vocabulary. router_balance: [num_preferences], the unweighted
-    load-balancing loss, None without.
+    the mean logit over scored tokens and vocabulary. parts: by logged name, [num_preferences] each, detached:
+    the NLL and load-balancing terms before their weights, WPO's weight, BCO's delta.
     """
 
     logps: PairedLogps | UnpairedLogps | None = None
     totals: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
-    router_balance: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
 
 
 def load_loss(loss: str | Callable[..., LossOutput]) -> Callable[..., LossOutput]:
@@ -106,15 +106,21 @@ class Objective:
             output = self._coupled_output(batch, logps, owner)
         else:
             output = self._loss(logps, **self.parameters)
-        losses = output.losses
+        losses, parts = output.losses, {}
         if self.needs_collision:
-            losses = losses * self._sequence_weights(batch, scores)
-        if self.nll_weight:
-            losses = losses + self.nll_weight * self._nll(batch, totals, owner)
-        balance = None
+            parts["wpo_weight"] = self._sequence_weights(batch, scores)
+            losses = losses * parts["wpo_weight"]
+        if self.spec.inputs == "pairs":
+            parts["nll_loss"] = self._nll(batch, totals, owner)
+            if self.nll_weight:
+                losses = losses + self.nll_weight * parts["nll_loss"]
         if self.router_weight:
-            balance = self._router_balance(batch, scores, owner)
-            losses = losses + self.router_weight * balance
+            parts["aux_loss"] = self._router_balance(batch, scores, owner)
+            losses = losses + self.router_weight * parts["aux_loss"]
+        if self.running_delta is not None:
+            parts["bco_delta"] = torch.as_tensor(self.running_delta.mean, device=losses.device).expand(
+                len(losses)
+            )
         means = None
         if scores.mean_logits is not None:
             means = sum_by_completion(scores.mean_logits, batch) / batch.completion_lengths
@@ -125,7 +131,7 @@ class Objective:
             rewards=output.rewards,
             logps=logps,
             totals=totals.detach(),
-            router_balance=None if balance is None else balance.detach(),
+            parts={name: values.detach() for name, values in parts.items()},
             mean_logits=means,
         )
 

@@ -23,7 +23,11 @@ _COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:.0f}"),
 )
 _WIDTH = 10
-_REFERENCES = {None: "none", "model": "ZeRO-Inference", "adapters_off": "the policy with its adapters off"}
+_REFERENCES = {
+    None: "none",
+    "model": "ZeRO-Inference",
+    "adapters_off": "the policy before its adapters' training",
+}
 
 
 class Progress:

@@ -18,7 +18,8 @@ def rehearse(spec: MethodSpec, config: BaseConfig, device: torch.device) -> None
     """Calls the loss with 3, 0 and single preferences and checks what it returns. Built-in losses pass.
 
     Raises ConfigError where it raises, does not return a LossOutput of one value a preference, leaves the
-    policy's graph, returns rewards that are attached to it, or couples the preferences without saying so.
+    policy's graph, is not finite, returns rewards that are attached to it, or couples the preferences without
+    saying so.
     """
     if isinstance(spec.loss, str):
         return
@@ -91,6 +92,11 @@ def _check(spec: MethodSpec, output: object, count: int) -> None:
             )
         if name != "losses" and values.requires_grad:
             raise ConfigError(f"{where}: {name} carries a gradient; give {name}.detach()")
+    if not output.losses.isfinite().all():
+        raise ConfigError(
+            f"{where}: losses of made-up log-probs (around -10 nats) are {output.losses.tolist()}; "
+            "expected finite numbers"
+        )
     if not output.losses.requires_grad:
         raise ConfigError(f"{where}: losses carry no gradient; compute them from the policy's log-probs")
 

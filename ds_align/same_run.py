@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_align.config import BaseConfig
+from ds_align.config import METHODS, BaseConfig
+from ds_align.config.custom import source_digest
 from ds_align.errors import CheckpointError
 
 # Without influence on the weights.
@@ -68,6 +69,7 @@ def settings_of(config: BaseConfig, world_size: int) -> dict[str, Any]:
         "method": config.method,
         "world_size": world_size,
         "global_batch_size": batch * world_size,
+        "loss_code": source_digest(METHODS[config.method].loss),
         "config": config.model_dump(mode="json"),
     }
 
@@ -85,6 +87,11 @@ def check_settings(path: Path, state: Mapping[str, Any], config: BaseConfig, wor
         )
     if state["method"] != config.method:
         raise _other_run(path, [_change("method", state["method"], config.method)])
+    if state.get("loss_code") != now["loss_code"]:
+        raise CheckpointError(
+            f"{path}: the code beside the loss {config.import_path!r} has changed since this was written; "
+            "take the old code, or start afresh in another output_dir"
+        )
     changed = list(_changed_fields(state["config"], now["config"], type(config)))
     wrong = [_change(*change) for change in changed if change[0] not in _FREE | _ROUNDING | _BY_OUTCOME]
     if state["global_batch_size"] != now["global_batch_size"]:

@@ -297,3 +297,38 @@ def test_a_finished_run_without_checkpoints_is_not_started_again(tmp_path: Path)
     records.finish("completed", {})
     with pytest.raises(ConfigError, match="completed, without a whole checkpoint"):
         check_output_dir(tmp_path, config)
+
+
+OWN_LOSS = """
+from ds_align import method
+from ds_align.losses import LossOutput, PairedLogps
+
+
+@method
+def resumed_loss(logps: PairedLogps) -> LossOutput:
+    gap = logps.policy_chosen.total - logps.policy_rejected.total
+    return LossOutput({factor} * gap, gap.detach(), gap.detach())
+"""
+
+
+def test_an_own_loss_whose_code_has_changed_is_shown(tmp_path: Path) -> None:
+    from ds_align.config import METHODS
+    from ds_align.config.custom import find_method
+
+    def settings_with(factor: str, comment: str = "") -> tuple[dict, object]:
+        (tmp_path / "own.py").write_text(OWN_LOSS.format(factor=factor) + comment)
+        name = find_method(f"{tmp_path / 'own.py'}:resumed_loss")
+        config = METHODS[name].config()
+        return state_of(config), config
+
+    before = dict(METHODS)
+    try:
+        state, _ = settings_with("-1.0")
+        _, same = settings_with("-1.0", "# a comment\n")
+        assert same_run.check_settings(Path("x"), state, same, 2) == []
+        _, other = settings_with("-2.0")
+        with pytest.raises(CheckpointError, match="the code beside the loss .* has changed"):
+            same_run.check_settings(Path("x"), state, other, 2)
+    finally:
+        METHODS.clear()
+        METHODS.update(before)

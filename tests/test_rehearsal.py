@@ -42,6 +42,11 @@ def test_the_built_in_losses_are_not_called(name: str) -> None:
     rehearse(METHODS[name], METHODS[name].config(), CPU)
 
 
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"losses of made-up log-probs .* are \[nan, .*expected finite"):
+        rehearse_paired(lambda gap: (gap - 100.0).log())
+
+
 def test_a_sound_loss_sees_what_it_asked_for() -> None:
     seen = []
 

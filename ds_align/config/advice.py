@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def unwise_settings(config: BaseConfig) -> list[str]:
 
 def _unwise_learning_rate(config: BaseConfig) -> list[str]:
     rate = config.learning_rate
-    if config.use_lora or _is_adapter(config.model_name_or_path):
+    if config.trains_adapters:
         if rate <= HIGH_ADAPTER_LEARNING_RATE:
             return []
         usual = "the usual range is 5e-6 to 1e-4; learning_rate_override says that it is meant"
@@ -53,7 +52,3 @@ def _unwise_learning_rate(config: BaseConfig) -> list[str]:
     if rate > HIGH_LEARNING_RATE:
         return [f"learning_rate={rate:g} is high for full fine-tuning; {usual}"]
     return []
-
-
-def _is_adapter(model: str | None) -> bool:
-    return model is not None and (Path(model) / "adapter_config.json").is_file()

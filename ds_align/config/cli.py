@@ -154,7 +154,8 @@ def _read_loss_args(flags: Layer, text: str | None) -> None:
 def parse_text(text: str, annotation: Any) -> Any:
     """Read a flag's text as `annotation`; a text that fits nothing stays text, for validation to refuse.
 
-    "none" and "null" are None where the field takes None; a number wins over text; lists split at commas.
+    "none" and "null" are None where the field takes None; a number wins over text; lists split at
+    commas, with or without brackets and quotes.
     """
     kinds = _kinds(annotation)
     lowered = text.lower()
@@ -162,7 +163,9 @@ def parse_text(text: str, annotation: Any) -> Any:
         return None
     item = _item_type(annotation)
     if item is not None:
-        return [parse_text(part.strip(), item) for part in text.split(",")]
+        # [a, b] and ["a", "b"] are what YAML and JSON would have.
+        inner = text.strip().removeprefix("[").removesuffix("]") if text.strip().startswith("[") else text
+        return [parse_text(part.strip().strip("\"'"), item) for part in inner.split(",")]
     if bool in kinds and lowered in ("true", "false"):
         return lowered == "true"
     for kind in (int, float):

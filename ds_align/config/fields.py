@@ -6,6 +6,7 @@ TrainingArguments and TRL wherever the meaning is the same.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -210,16 +211,26 @@ class AdapterFields(Schema):
     lora_r: Count = Field(16, description="LoRA: rank of the adapters.")
     lora_alpha: PositiveNumber = Field(32, description="LoRA: the update is scaled by lora_alpha / lora_r.")
     lora_dropout: ShareBelowOne = Field(
-        0.1, description="LoRA: dropout before the adapters; disable_dropout leaves it alone."
+        0.1,
+        description="LoRA: dropout before the adapters, of the policy in training alone; disable_dropout "
+        "does not touch it. An adapter directory keeps its own where this is 0.1.",
     )
     lora_target_modules: list[str] | None = Field(
         None,
         description="LoRA: names of the layers that get adapters; none: every linear layer but the head.",
     )
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained: new ones, or those of a model directory that holds an adapter."""
+        model = getattr(self, "model_name_or_path", None)
+        return self.use_lora or (model is not None and (Path(model) / "adapter_config.json").is_file())
+
     @rule("use_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
     def _adapter_settings_need_adapters(self) -> str | None:
-        names = changed(self, "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        names = changed(self, "lora_r", "lora_alpha", "lora_target_modules")
+        if not self.trains_adapters:
+            names += changed(self, "lora_dropout")
         if names and not self.use_lora:
             return f"{', '.join(names)} without effect: use_lora is false; set it or leave them out"
         return None

@@ -110,6 +110,9 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if get_origin(annotation) is Literal:
         choices = [str(choice) for choice in get_args(annotation)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if get_origin(annotation) is list:
+        (item,) = get_args(annotation)
+        return f"a list with commas, each {describe_type(item)}"
     noun = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return " ".join([noun.get(annotation, "a mapping"), _describe_bounds(metadata)]).strip()
 

@@ -244,6 +244,11 @@ def _notes(counts: dict[str, int], bad: list[BadRow], name: str) -> tuple[str, .
             f"{name}: {counts['pairs_equal_after_cut']} pairs differ only in what was cut off, so they teach "
             "nothing; raise max_length or max_completion_length, or lower max_prompt_length"
         )
+    if counts["rows_without_kl_completion"]:
+        notes.append(
+            f"{name}: {counts['rows_without_kl_completion']} of {counts['rows']} rows have no y' for KTO's "
+            "z0 (no row has another prompt); they are left out of its mean, and with no row left it is 0"
+        )
     return tuple(notes)
 
 

@@ -68,6 +68,10 @@ class AlignEngine:
         self.layout = layout
         self.messages = list(messages)
         self.objective = Objective(self.spec, config)
+        if self.objective.coupled and self.global_batch_size == 1:
+            self.messages.append(
+                "a global batch of one pair: this loss compares pairs, and has nothing to compare"
+            )
         self.world_size = distributed.world_size()
         self.reference_seconds = 0.0
         self._reference_memory: WeakKeyDictionary[PreferenceDataset, dict[int, torch.Tensor]] = (

@@ -16,6 +16,7 @@ from ds_align.config import (
     resolve_policy_config,
     resolved_precision,
 )
+from ds_align.config.schema import changed
 from ds_align.engine.init import check_ds_config, check_precision
 from ds_align.errors import ConfigError
 from ds_align.models import (
@@ -107,6 +108,9 @@ def _open_adapter(config: BaseConfig) -> AdapterDirectory | None:
     if not is_adapter_directory(config.model_name_or_path):
         return None
     adapter = AdapterDirectory.open(config.model_name_or_path)
+    if changed(config, "lora_dropout"):
+        # Not a part of the adapter's shape: unlike lora_r it may be another than it was trained with.
+        adapter.settings.lora_dropout = config.lora_dropout
     _check_free(config, Path(adapter.base))
     return adapter
 

@@ -266,7 +266,6 @@ def _check_agreement(
     pairs = {
         "lora_r": (adapter.settings.r, wanted.r),
         "lora_alpha": (adapter.settings.lora_alpha, wanted.lora_alpha),
-        "lora_dropout": (adapter.settings.lora_dropout, wanted.lora_dropout),
     }
     other = [f"{name}={mine} (the adapter's: {its})" for name, (its, mine) in pairs.items() if its != mine]
     if adapted[0] != adapted[1]:

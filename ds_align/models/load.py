@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,10 @@ class ModelSource:
         elif _is_local(path):
             found = "a file, not a directory" if directory.is_file() else "no such directory"
             raise ConfigError(f"{label}: {found}; give a Hugging Face model directory or a Hub id")
+        elif distributed.is_main():
+            print(
+                f"{label}: no such directory here, asking the Hugging Face Hub", file=sys.stderr, flush=True
+            )
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, StrictDataclassError) as error:

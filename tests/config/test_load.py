@@ -182,6 +182,8 @@ def test_flag_errors(argv: list[str], part: str) -> None:
 
 def test_list_flags_split_at_commas() -> None:
     assert parse_text("a, b,c", list[str]) == ["a", "b", "c"]
+    assert parse_text('["a", "b"]', list[str]) == parse_text("[a,b]", list[str]) == ["a", "b"]
+    assert parse_text("[1, 2.5]", list[float]) == [1.0, 2.5]
     assert parse_text("1,2.5", list[float] | None) == [1.0, 2.5]
 
 

@@ -208,7 +208,7 @@ def test_targets_that_are_no_linear_layers_are_refused(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, ["lora_r=16 (the adapter's: 3)", "lora_alpha=32", "lora_dropout=0.1 (the adapter's: 0.0)"]),
+        ({}, ["lora_r=16 (the adapter's: 3)", "lora_alpha=32 (the adapter's: 5)"]),
         (
             {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0},
             ["lora_target_modules=down_proj", "(the adapter's: q_proj,up_proj)"],
@@ -223,6 +223,14 @@ def test_use_lora_must_say_what_the_adapter_says(folder: Path, settings: dict, w
         assert word in str(caught.value)
     same = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": ["up_proj", "q_proj"]}
     assert check(folder / "adapter", use_lora=True, **same).adapters.settings.r == 3
+
+
+def test_dropout_is_not_the_adapters_shape(folder: Path) -> None:
+    # The adapter was trained without dropout; 0.1 is the default, which leaves that as it is.
+    for settings, expected in (({}, 0.0), ({"lora_dropout": 0.1}, 0.0), ({"lora_dropout": 0.3}, 0.3)):
+        assert check(folder / "adapter", **settings).adapters.settings.lora_dropout == expected
+    with pytest.raises(ConfigError, match="lora_dropout without effect"):
+        check(folder / "base", lora_dropout=0.3)
 
 
 def truncate(directory: Path) -> None:
