@@ -44,7 +44,7 @@ def destroy(engine: object) -> None:
         if hasattr(part, "engine"):
             part.engine.destroy()
     gc.collect()
-    # What is left are the libraries' objects; DeepSpeed collects at each gather, three times slower with them.
+    # Left are the libraries' objects. DeepSpeed collects at each gather: three times slower with them.
     gc.freeze()
 
 
