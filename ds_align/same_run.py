@@ -35,6 +35,7 @@ _ROUNDING = frozenset(
     {
         "attn_implementation",
         "gradient_checkpointing",
+        "logits_budget_mb",
         "pack_max_tokens",
         "prefix_sharing",
         "ref_batch_tokens",

@@ -81,9 +81,19 @@ requirements_digest() {
   {
     printf '%s\n' "$DS_ALIGN_ROOT"
     python -V
+    printf '%s\n' "${DS_ALIGN_BUILD_EXT:-auto}" "${DS_ALIGN_CUDA:-auto}"
     cat "$@" setup.py launch/setup_env.sh
+    # The extension is built anew when its sources change.
+    find csrc -type f ! -name '*.md' | LC_ALL=C sort | xargs cat
   } | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
+
+# "cpu", "cuda", or "torch" and why there is no extension.
+NAME_KERNELS='
+from ds_align.kernels import backend, native
+reason = native.WHY_ABSENT
+print(backend() + (f", plain PyTorch: {reason}" if reason else ", from the compiled extension ds_align._C"))
+'
 
 pip_install() {
   python -m pip install --disable-pip-version-check "$@"
@@ -105,6 +115,7 @@ install_requirements() {
   # DeepSpeed builds its operators when they are first used, so that no compiler is needed here.
   DS_BUILD_OPS=0 pip_install "${arguments[@]}"
   pip_install --no-build-isolation --no-deps --editable .
+  say "log-prob kernels: $(python -W ignore -c "$NAME_KERNELS")"
   printf '%s\n' "$digest" >"$stamp"
 }
 

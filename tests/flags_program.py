@@ -105,8 +105,10 @@ def run_case(method: str, settings: dict, number: int, work: Path) -> dict:
         with contextlib.redirect_stdout(printed):
             engine = trainer.setup()
             calls = count_layer_calls(engine)
+            kept = note_kept_logits(engine)
             trainer.train()
-            return fingerprint(trainer, len(calls)) | {"printed": printed.getvalue()}
+            notes = {"kept_logits": sum(kept), "printed": printed.getvalue()}
+            return fingerprint(trainer, len(calls)) | notes
     except DsAlignError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     except Exception:  # noqa: BLE001 - one crash must not hide the other runs
@@ -126,6 +128,23 @@ def count_layer_calls(engine: object) -> list[int]:
 
     engine.policy.module.model.model.layers[0].self_attn.register_forward_pre_hook(note)
     return calls
+
+
+def note_kept_logits(engine: object) -> list[int]:
+    """Grows by the size of what the head keeps for its backward that is neither input, label nor state."""
+    kept: list[int] = []
+    head = engine.policy.module.model.get_output_embeddings()
+
+    def note(_module: object, _inputs: object, output: object) -> None:
+        saved = getattr(output[0].grad_fn, "saved_tensors", ()) if isinstance(output, tuple) else ()
+        # Of all that is saved only the kept logits are floating and flat.
+        kept.extend(len(tensor) for tensor in saved if tensor is not None and is_flat(tensor))
+
+    def is_flat(tensor: torch.Tensor) -> bool:
+        return tensor.dim() == 1 and tensor.is_floating_point()
+
+    head.register_forward_hook(note)
+    return kept
 
 
 def fingerprint(trainer: Trainer, layer_calls: int) -> dict:

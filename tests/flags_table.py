@@ -322,6 +322,15 @@ SYSTEM = {
         Effect({"ref_ds_config": ds_config(3)}, "reference_ds", ALIKE),
         *needs_reference({"ref_ds_config": ds_config(3)}),
     ],
+    "logits_budget_mb": [
+        Effect(
+            {"logits_budget_mb": 0},
+            "kept_logits",
+            "losses grad_norms weights",
+            holds=lambda run: run["kept_logits"] == 0,
+        ),
+        Effect({"logits_budget_mb": 1000}, same="kept_logits losses weights"),
+    ],
     "dry_run": [
         Effect(
             {"dry_run": True},

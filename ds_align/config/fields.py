@@ -319,5 +319,10 @@ class SystemFields(Schema):
         description="DeepSpeed settings of the reference: a JSON file or the name of a shipped one "
         "(zero_inference, zero_inference_nvme); none: zero_inference.",
     )
+    logits_budget_mb: NonNegativeCount = Field(
+        256,
+        description="Memory in MB for logits that a trained head keeps for its backward, which then need not "
+        "be computed again; 0: one tile only. The results are the same.",
+    )
     dry_run: bool = Field(False, description="Check everything and show the plan; train nothing.")
     debug: bool = Field(False, description="Show the traceback of an error.")

@@ -75,7 +75,9 @@ class PolicyEngine:
             model = source.load(DTYPES[dtype])
         if adapters is not None:
             attach(model, adapters)
-        policy = PolicyModel(model, layout, config.attn_implementation)
+        policy = PolicyModel(
+            model, layout, config.attn_implementation, logits_budget_mb=config.logits_budget_mb
+        )
         if config.disable_dropout:
             policy.disable_dropout()
         if config.gradient_checkpointing:

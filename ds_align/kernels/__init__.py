@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from . import reference
-from .collision import linear_log_collision, log_collision
+from . import native, operators
+from .collision import linear_log_collision, log_collision, log_collision_of
+from .native import backend
+from .reference import LOGIT_SUM, WITH_LOGIT_SUM, WITH_SQUARES, accumulation_dtype
 
-__all__ = ["backend", "linear_log_collision", "linear_logprob", "log_collision", "logprob_gather"]
+__all__ = [
+    "LabelScores",
+    "attach_gradient",
+    "backend",
+    "linear_log_collision",
+    "linear_logprob",
+    "linear_scores",
+    "log_collision",
+    "logprob_gather",
+]
 
-IMPLEMENTATIONS = ("auto", "native", "torch")
+BYTES_PER_MB = 2**20
 
 
-def backend() -> str:
-    """Name of the implementation that impl="auto" takes: "torch", the plain PyTorch one."""
-    return "torch"
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """Per token [tokens], in nats; all but logprobs is detached, and None where it was not asked for.
+
+    mean_logits: mean of the logits over the vocabulary. log_collision: log sum_v p_v^2.
+    derivative [tokens, H]: d logprob / d hidden, for attach_gradient.
+    """
+
+    logprobs: Tensor
+    mean_logits: Tensor | None = None
+    log_collision: Tensor | None = None
+    derivative: Tensor | None = None
 
 
 def linear_logprob(
@@ -26,57 +48,129 @@ def linear_logprob(
     softcap: float | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    *,
+    logits_budget_mb: int = 0,
 ) -> Tensor:
     """Log-probability of each label under the LM head, log_softmax(logits(hidden))[label], tile by tile.
 
     logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = cap * tanh(z / cap).
 
     hidden [tokens, H], weight [V, H], bias [V]: float32, bfloat16, float16 or float64; labels [tokens]
-    integers. Returns [tokens] nats in float32, or in float64 where hidden or weight is float64. A label
-    below 0 is ignored: log-probability 0, gradient 0. Gradients (in their tensor's dtype, accumulated in
-    float32) for hidden, weight and bias, for those alone that require them; not differentiable twice.
+    integers. Returns [tokens] nats, never above 0, in float32, or in float64 where hidden or weight is
+    float64. A label below 0 is ignored: log-probability 0, gradient 0. Gradients (in their tensor's dtype,
+    accumulated in float32) for hidden, weight and bias, for those alone that require them; not differentiable
+    twice.
 
-    No tensor of more than one tile (tokens x vocabulary) exists in forward or backward. With a trainable head
-    the backward computes the logits again (4 matrix products in all); with a frozen one the forward already
-    makes the gradient (2 products, and the backward does not read the weight). Zero tokens give an empty
-    result that is attached to the graph, with zero gradients.
+    With a trainable head the backward computes the logits again (4 matrix products in all), but for those
+    tiles that the forward kept: as many as fit logits_budget_mb, in units of 2^20 bytes, at 4 bytes a logit
+    (8 in float64); 3 products where all do. With a frozen head the forward already makes the gradient (2
+    products, and the backward does not read the weight). But for the kept logits, no tensor of more than one
+    tile (tokens x vocabulary) exists. The log-probs are the same to the bit in all of these modes and without
+    gradients. Zero tokens give an empty result that is attached to the graph, with zero gradients.
 
-    impl: "auto" and "torch" take the plain PyTorch implementation; "native" asks for the compiled extension.
-    Raises ValueError: shapes or dtypes that do not fit, softcap not above 0, unknown impl, or, on the CPU
-    only, a label of V or more. On an accelerator that check would cost a synchronisation: such a label yields
-    NaN there.
-    Raises RuntimeError: impl="native", as the compiled extension is not there.
+    impl: "torch" takes plain PyTorch; "native" the compiled extension; "auto" the extension where it is
+    there, has kernels for the device and dtype, and the environment does not say DS_ALIGN_KERNELS=torch.
+    Raises ValueError: shapes, dtypes or devices that do not fit, softcap not above 0, unknown impl, or, on
+    the CPU only, a label of V or more. On an accelerator that check would cost a synchronisation: such a
+    label yields NaN there.
+    Raises RuntimeError: impl="native" where the extension is not there or has no kernels for this call.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"linear_logprob: impl={impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "native":
-        raise RuntimeError(
-            "linear_logprob: impl='native' needs the compiled extension ds_align._C, which is not there; "
-            "use impl='auto' or impl='torch'"
-        )
+    return linear_scores(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        softcap=softcap,
+        scale=scale,
+        impl=impl,
+        logits_budget_mb=logits_budget_mb,
+    ).logprobs
+
+
+def linear_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    logits_budget_mb: int = 0,
+    with_mean_logits: bool = False,
+    with_collision: bool = False,
+    with_derivative: bool = False,
+) -> LabelScores:
+    """linear_logprob with more about each token's distribution from the same walk over the tiles.
+
+    with_derivative: for a frozen head that must not be read in the backward. Nothing is attached to the graph
+    here; attach_gradient does so, outside of the module that owns the head.
+    """
     _check_head(hidden, weight, bias, softcap)
-    _check_labels("linear_logprob", labels, num_tokens=hidden.shape[0], vocabulary=weight.shape[0])
-    return reference.linear_logprob(hidden, weight, labels, bias, softcap, scale=scale)
+    labels = _checked_labels("linear_logprob", labels, hidden)
+    if logits_budget_mb < 0:
+        raise ValueError(f"linear_logprob: logits_budget_mb={logits_budget_mb}; expected 0 or more")
+    dtype = accumulation_dtype(hidden, weight)
+    use_native = native.is_taken(impl, hidden.device, dtype)
+    statistics = with_mean_logits * WITH_LOGIT_SUM + with_collision * WITH_SQUARES
+    numbers = (1.0 if scale is None else float(scale), 0.0 if softcap is None else float(softcap), statistics)
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or trains_head)
+    derivative = None
+    if with_derivative or (wants_gradient and not trains_head):
+        with torch.no_grad():
+            logprobs, state, derivative = operators.linear_score_frozen(
+                hidden, weight, bias, labels, *numbers, use_native
+            )
+        if not with_derivative:
+            logprobs, derivative = attach_gradient(hidden, logprobs, derivative), None
+    else:
+        affordable = logits_budget_mb * BYTES_PER_MB // dtype.itemsize if wants_gradient else 0
+        num_kept = min(hidden.shape[0] * weight.shape[0], affordable)
+        logprobs, state, _ = operators.linear_score(
+            hidden, weight, bias, labels, *numbers, num_kept, use_native
+        )
+    mean_logits = state[LOGIT_SUM] / weight.shape[0] if with_mean_logits else None
+    return LabelScores(logprobs, mean_logits, log_collision_of(state) if with_collision else None, derivative)
 
 
-def logprob_gather(logits: Tensor, labels: Tensor) -> Tensor:
+def attach_gradient(hidden: Tensor, logprobs: Tensor, derivative: Tensor) -> Tensor:
+    """The log-probs as a function of hidden: in the backward its gradient is derivative * incoming gradient.
+
+    logprobs [tokens] and derivative [tokens, H] come from linear_scores(with_derivative=True) for the same
+    hidden [tokens, H]. Under ZeRO-3 the head is called without a graph, so that nothing gathers its weight
+    again in the backward, and this is applied outside of it.
+    """
+    return operators.scale_back(hidden, logprobs, derivative)
+
+
+def logprob_gather(
+    logits: Tensor, labels: Tensor, impl: str = "auto", *, reuse_logits: bool = False
+) -> Tensor:
     """Log-probability of each label from logits that are already there: log_softmax(logits)[label].
 
     logits [tokens, V], any floating dtype; labels [tokens] integers, below 0 = ignored (log-probability 0,
-    gradient 0). Returns [tokens] nats in float32 (float64 for float64 logits). Beside the logits, only
-    tiles are allocated, never a float32 copy of bfloat16 logits; the backward adds their gradient, in their
-    dtype. Not differentiable twice. Zero tokens give an empty result that is attached to the graph.
+    gradient 0). Returns [tokens] nats, never above 0, in float32 (float64 for float64 logits). Beside the
+    logits, only tiles are allocated, never a float32 copy of bfloat16 logits; the backward adds their
+    gradient, in their dtype. Not differentiable twice. Zero tokens give an empty result that is attached to
+    the graph.
 
-    Raises ValueError: shapes or dtypes that do not fit, or, on the CPU only, a label of V or more
-    (NaN elsewhere).
+    reuse_logits: the backward writes the gradient over the logits, which saves a matrix; nobody else may read
+    them after it. An operation that kept them for its own backward makes torch raise a RuntimeError.
+    impl: as in linear_logprob.
+    Raises ValueError: shapes, dtypes or devices that do not fit, unknown impl, or, on the CPU only, a label
+    of V or more (NaN elsewhere).
+    Raises RuntimeError: impl="native" where the extension is not there or has no kernels for this call.
     """
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(
             f"logprob_gather: logits is {logits.dtype} {tuple(logits.shape)}; expected floating [tokens, V], "
             "flatten leading dimensions first"
         )
-    _check_labels("logprob_gather", labels, num_tokens=logits.shape[0], vocabulary=logits.shape[1])
-    return reference.logprob_gather(logits, labels)
+    labels = _checked_labels("logprob_gather", labels, logits)
+    use_native = native.is_taken(impl, logits.device, accumulation_dtype(logits))
+    logprobs, _ = operators.gather_score(logits, labels, 0, reuse_logits, use_native)
+    return logprobs
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
@@ -89,21 +183,27 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: fl
         raise ValueError(
             f"linear_logprob: hidden is {hidden.dtype}, weight {weight.dtype}; expected floating dtypes"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_logprob: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"linear_logprob: bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; "
+            f"expected floating ({weight.shape[0]},)"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"linear_logprob: {name} is on {tensor.device}; expected {hidden.device}, as hidden"
+            )
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"linear_logprob: softcap={softcap}; expected a number greater than 0, or None")
 
 
-def _check_labels(where: str, labels: Tensor, *, num_tokens: int, vocabulary: int) -> None:
+def _checked_labels(where: str, labels: Tensor, beside: Tensor) -> Tensor:
+    """The labels as the kernels read them."""
+    num_tokens = beside.shape[0]
     if labels.shape != (num_tokens,) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"{where}: labels is {labels.dtype} {tuple(labels.shape)}; expected integers ({num_tokens},)"
         )
-    if labels.device.type != "cpu" or num_tokens == 0:
-        return
-    largest = int(labels.max())
-    if largest >= vocabulary:
-        raise ValueError(
-            f"{where}: label {largest} is outside the vocabulary; expected 0 to {vocabulary - 1}"
-        )
+    if labels.device != beside.device:
+        raise ValueError(f"{where}: labels is on {labels.device}; expected {beside.device}")
+    return labels.to(torch.long).contiguous()

@@ -1,4 +1,4 @@
-"""log sum_v p_v^2 of a token's distribution, tile by tile: how likely two draws from it agree.
+"""log sum_v p_v^2 of a token's distribution: how likely two draws from it agree.
 
 What WPO weighs with: the log-prob of a token minus this is 0 where the token is as likely as the policy's own
 samples are on average. A constant for the losses, hence without gradient.
@@ -6,20 +6,16 @@ samples are on average. A constant for the losses, hence without gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .reference import (
-    HeadTile,
-    LogitMap,
-    OnlineLogSumExp,
-    accumulation_dtype,
-    logit_blocks,
-    token_chunks,
-    vocabulary_tiles,
-)
+from . import native, operators
+from .reference import SQUARES, TOTAL, WITH_SQUARES, accumulation_dtype
+
+
+def log_collision_of(state: Tensor) -> Tensor:
+    """[tokens] nats, from the state of a walk that took the squares along."""
+    return state[SQUARES].log() - 2.0 * state[TOTAL].log()
 
 
 @torch.no_grad()
@@ -32,38 +28,22 @@ def linear_log_collision(
 ) -> Tensor:
     """log sum_v softmax(logits)_v^2 under the LM head, [tokens] nats, detached.
 
-    Arguments and dtypes as in linear_logprob; it costs one more matrix product and no tensor above a tile.
+    Arguments and dtypes as in linear_logprob; it costs one matrix product and no tensor above a tile. Where
+    log-probs are wanted too, linear_scores gives both for one product.
     """
-    logit_map = LogitMap(scale, softcap)
-    dtype = accumulation_dtype(hidden, weight)
-
-    def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
-        for columns in vocabulary_tiles(weight):
-            tile = HeadTile(weight, bias, columns, dtype)
-            for rows in token_chunks(hidden):
-                yield rows, columns, logit_map.apply_(tile.raw_logits(hidden[rows]))
-
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _log_collision(tiles(), hidden.shape[0], dtype, hidden.device)
+    labels = torch.full(hidden.shape[:1], -1, dtype=torch.long, device=hidden.device)
+    use_native = native.is_taken("auto", hidden.device, accumulation_dtype(hidden, weight))
+    scale, softcap = 1.0 if scale is None else scale, softcap or 0.0
+    _, state, _ = operators.linear_score(
+        hidden, weight, bias, labels, scale, softcap, WITH_SQUARES, num_kept=0, use_native=use_native
+    )
+    return log_collision_of(state)
 
 
 @torch.no_grad()
 def log_collision(logits: Tensor) -> Tensor:
     """log sum_v softmax(logits)_v^2 of logits [tokens, V] that are already there, [tokens] nats, detached."""
-    dtype = accumulation_dtype(logits)
-    tiles = (
-        (rows, columns, logits[rows, columns].to(dtype, copy=True)) for rows, columns in logit_blocks(logits)
-    )
-    return _log_collision(tiles, logits.shape[0], dtype, logits.device)
-
-
-def _log_collision(
-    tiles: Iterator[tuple[slice, slice, Tensor]], num_tokens: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    no_labels = torch.full((num_tokens,), -1, dtype=torch.long, device=device)
-    online = OnlineLogSumExp(no_labels, dtype)
-    squares = torch.zeros(num_tokens, dtype=dtype, device=device)
-    for rows, columns, logits in tiles:
-        shrink = online.update_(rows, columns, logits)
-        squares[rows] = squares[rows] * shrink.square() + logits.square_().sum(dim=1)
-    return squares.log() - 2.0 * online.total.log()
+    labels = torch.full(logits.shape[:1], -1, dtype=torch.long, device=logits.device)
+    use_native = native.is_taken("auto", logits.device, accumulation_dtype(logits))
+    _, state = operators.gather_score(logits, labels, WITH_SQUARES, reuse_logits=False, use_native=use_native)
+    return log_collision_of(state)

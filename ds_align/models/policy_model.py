@@ -56,7 +56,14 @@ class PolicyModel(nn.Module):
     forward and everything above works on vectors of tokens.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, attn_implementation: str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        attn_implementation: str = "auto",
+        *,
+        logits_budget_mb: int = 0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
@@ -71,7 +78,7 @@ class PolicyModel(nn.Module):
             model.config.model_type in PACKABLE_MODEL_TYPES
         )
         if self.fused_head:
-            LogprobHead.adopt(head, **head_arguments(model.config))
+            LogprobHead.adopt(head, **head_arguments(model.config), logits_budget_mb=logits_budget_mb)
 
     def disable_dropout(self) -> None:
         """Sets the model's dropouts to 0, the attention's too (a plain attribute), but not its adapters'."""
@@ -100,7 +107,7 @@ class PolicyModel(nn.Module):
         hidden = output.last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.source_index]
         head = self.model.get_output_embeddings()
-        scores = head(hidden, batch.labels, with_collision=with_collision)
+        scores = head.score(hidden, batch.labels, with_collision=with_collision)
         return (*scores, *self._router_sums(output, batch)) if with_router else scores
 
     def _router_sums(self, output: object, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,9 +29,18 @@ ENTRIES = (
     "launch/hostfile.example",
     "tests/run.sh",
     "csrc/README.md",
+    "csrc/ops.cpp",
+    "csrc/logprob.h",
+    "csrc/logprob_cpu.cpp",
+    "csrc/cuda/logprob_kernels.cuh",
+    "csrc/cuda/logprob_cuda.cu",
+    "csrc/cuda/cpu_shim.h",
+    "benchmarks/kernels.py",
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_NATIVE_LINE_LENGTH = 100
+NATIVE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".inl"}
 TEXT_SUFFIXES = {
     ".py",
     ".sh",
@@ -45,6 +54,7 @@ TEXT_SUFFIXES = {
     ".h",
     ".cu",
     ".cuh",
+    ".inl",
 }
 # Written in pieces, so that this file does not find itself.
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
@@ -105,6 +115,16 @@ def test_file_and_its_functions_are_short(path):
     assert len(text.splitlines()) <= MAX_FILE_LINES
     lengths = python_function_lengths(text) if path.suffix == ".py" else shell_function_lengths(text)
     assert {name: length for name, length in lengths if length > MAX_FUNCTION_LINES} == {}
+
+
+NATIVE_FILES = [path for path in project_files() if path.suffix in NATIVE_SUFFIXES]
+
+
+@pytest.mark.parametrize("path", NATIVE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_native_file_and_its_lines_are_short(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_FILE_LINES
+    assert [number for number, line in enumerate(lines, 1) if len(line) > MAX_NATIVE_LINE_LENGTH] == []
 
 
 @pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,6 +10,8 @@ import torch
 from ds_align.kernels import linear_log_collision, log_collision
 from ds_align.kernels import reference as tiles
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 def expected(logits: torch.Tensor) -> torch.Tensor:
     return logits.double().softmax(-1).square().sum(-1).log()

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_align.kernels import logprob_gather, reference
+from tests.kernels.largest_tensor import LargestTensor
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def plain_python(row: list[float], label: int) -> float:
@@ -96,26 +98,18 @@ def test_zero_tokens_stay_on_the_graph() -> None:
     assert logits.grad.shape == (0, 6)
 
 
-class LargestFloat32(TorchDispatchMode):
-    """Records the elements of the largest float32 tensor that any operation returned."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
-                self.num_elements = max(self.num_elements, tensor.numel())
-        return result
-
-
-def test_bfloat16_logits_are_never_copied_whole_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "CPU_TILE", reference.Tile(16, 32))
-    logits = torch.randn(200, 500).bfloat16().requires_grad_()
-    with LargestFloat32() as record:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_never_copied_whole_to_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, implementation: str
+) -> None:
+    monkeypatch.setattr(reference, "CPU_TILE", reference.Tile(64, 64))
+    logits = torch.randn(200, 500).to(dtype).requires_grad_()
+    with LargestTensor(((reference.NUM_STATE_ROWS, 200),), dtype=torch.float32) as record:
         logprob_gather(logits, torch.randint(0, 500, (200,))).sum().backward()
-    assert record.num_elements == 16 * 32
-    assert logits.grad.dtype == torch.bfloat16
+    # The compiled kernels read bfloat16 where it lies.
+    in_place = implementation == "native" and dtype == torch.bfloat16
+    assert record.num_elements == (200 if in_place else 64 * 64)
+    assert logits.grad.dtype == dtype
 
 
 @pytest.mark.parametrize(

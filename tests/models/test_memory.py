@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, TokenScores, Unpaired
 from ds_align.config import METHODS
@@ -14,23 +12,11 @@ from ds_align.kernels import reference
 from ds_align.models import PolicyModel
 from ds_align.objective import Objective
 from ds_align.packing import PreferenceTable
+from tests.kernels.largest_tensor import LargestTensor
 
 VOCABULARY = 9000
 LENGTH = 250
 NUM_SCORED = 6 * LENGTH
-
-
-class LargestTensor(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 def batch_of(bench, inputs: str, layout: Layout) -> PackedBatch:
@@ -66,11 +52,11 @@ def largest(policy: PolicyModel, objective: Objective, batch: PackedBatch) -> in
     )
     with LargestTensor() as watch:
         output = objective(batch, TokenScores(*policy(batch, with_collision=True)), owner)
-        forward = watch.numel
+        forward = watch.num_elements
         output.losses.sum().backward()
     assert forward > 0
     assert policy.model.lm_head.weight.grad.any()
-    return watch.numel
+    return watch.num_elements
 
 
 def policy_of(bench, layout: Layout) -> PolicyModel:
