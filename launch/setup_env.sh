@@ -115,10 +115,10 @@ install_requirements() {
   # DeepSpeed builds its operators when they are first used, so that no compiler is needed here.
   DS_BUILD_OPS=0 pip_install "${arguments[@]}"
   pip_install --no-build-isolation --no-deps --editable .
-  say "log-prob kernels: $(python -W ignore -c "$NAME_KERNELS")"
   printf '%s\n' "$digest" >"$stamp"
 }
 
 cd "$DS_ALIGN_ROOT"
 activate_environment
 install_requirements "$@"
+say "log-prob kernels: $(python -W ignore -c "$NAME_KERNELS")"

@@ -18,7 +18,9 @@ void launch_rows(const char* op, const Tensor& logits, const Tile& tile, Kernel 
   const auto device = logits.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
+    fail(op, ": no current stream on cuda device ", device);
+  }
   kernel<<<static_cast<unsigned>(tile.num_rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       tile);
   const cudaError_t status = cudaGetLastError();
