@@ -70,9 +70,9 @@ def token_places(batch: PackedBatch, unit_lengths: torch.Tensor) -> torch.Tensor
 
 def sum_by_unit(token_values: torch.Tensor, unit_lengths: torch.Tensor) -> torch.Tensor:
     """Sums token values of unit after unit [sum of unit_lengths] over each unit: float64 [num_units]."""
-    owners = torch.repeat_interleave(
-        torch.arange(len(unit_lengths), device=token_values.device), unit_lengths
-    )
+    numbers = torch.arange(len(unit_lengths), device=token_values.device)
+    # With its size given, the device need not be asked for it.
+    owners = numbers.repeat_interleave(unit_lengths, output_size=len(token_values))
     totals = torch.zeros(len(unit_lengths), dtype=torch.float64, device=token_values.device)
     return totals.index_add(0, owners, token_values.double())
 
@@ -91,7 +91,7 @@ class Objective:
         self.ld_alpha = getattr(config, "ld_alpha", None)
         self.router_weight = config.router_aux_loss_coef
         self.looks_ahead = self.coupled or self.router_weight > 0
-        self.running_delta = RunningMean() if getattr(config, "needs_running_delta", False) else None
+        self.running_delta = RunningMean() if config.needs_running_delta else None
         self._loss = load_loss(spec.loss)
 
     def __call__(self, batch: PackedBatch, scores: TokenScores, owner: GlobalBatch) -> ForwardOutput:
@@ -101,7 +101,7 @@ class Objective:
         z0, coupled terms and the global counts.
         """
         totals = sum_by_completion(scores.logps, batch)
-        logps = self.logps(batch, scores.logps, owner)
+        logps = self._logps(batch, scores.logps, totals, owner)
         if self.coupled:
             output = self._coupled_output(batch, logps, owner)
         else:
@@ -135,16 +135,17 @@ class Objective:
             mean_logits=means,
         )
 
-    def logps(
-        self, batch: PackedBatch, token_logps: torch.Tensor, owner: GlobalBatch
+    def _logps(
+        self, batch: PackedBatch, token_logps: torch.Tensor, totals: torch.Tensor, owner: GlobalBatch
     ) -> PairedLogps | UnpairedLogps:
         """What the loss looks at: summed log-probs of a micro-batch's preferences, and the reference's."""
         reference = None
         if self.needs_reference:
             assert owner.reference_logps is not None, "the global batch was not prepared"
             places = token_places(batch, owner.unit_lengths.to(batch.units.device))
-            reference = self._member_logps(batch, owner.reference_logps[places])
-        policy = self._member_logps(batch, token_logps)
+            kept = owner.reference_logps[places]
+            reference = self._member_logps(batch, kept, sum_by_completion(kept, batch))
+        policy = self._member_logps(batch, token_logps, totals)
         if self.spec.inputs == "pairs":
             return PairedLogps(*policy, *(reference or ()))
         assert owner.kl is not None, "the global batch was not prepared"
@@ -155,9 +156,9 @@ class Objective:
             kl=owner.kl,
         )
 
-    def _member_logps(self, batch: PackedBatch, token_logps: torch.Tensor) -> list[Logps]:
-        """Logps of the first, second, ... completion of each preference."""
-        totals = sum_by_completion(token_logps, batch)[batch.members]
+    def _member_logps(self, batch: PackedBatch, token_logps: torch.Tensor, sums: torch.Tensor) -> list[Logps]:
+        """Logps of the first, second, ... completion of each preference; sums: [num_completions]."""
+        totals = sums[batch.members]
         lengths = batch.completion_lengths[batch.members]
         if self.ld_alpha is not None and self.ld_alpha != 1.0:
             # LD-DPO (arXiv:2409.06411): what one completion has beyond the other's length counts less.
@@ -202,7 +203,10 @@ class Objective:
 
     def table(self, batch: PackedBatch, scores: TokenScores, owner: GlobalBatch) -> torch.Tensor:
         """The detached log-probs of a micro-batch as numbers [num_preferences, columns], for couple()."""
-        return LogpsTable.flatten(self.logps(batch, scores.logps.detach(), owner))
+        token_logps = scores.logps.detach()
+        return LogpsTable.flatten(
+            self._logps(batch, token_logps, sum_by_completion(token_logps, batch), owner)
+        )
 
     @property
     def num_columns(self) -> int:

@@ -68,6 +68,16 @@ class BaseConfig(
         return 0.0
 
     @property
+    def needs_running_delta(self) -> bool:
+        """Whether the loss is shifted by the running mean of the rewards."""
+        return False
+
+    @property
+    def needs_reference_point(self) -> bool:
+        """Whether the loss compares with z0, a mean over the global batch."""
+        return False
+
+    @property
     def metric_aliases(self) -> dict[str, str]:
         """Further names of logged metrics: alias to name."""
         return {}

@@ -130,11 +130,6 @@ class AlignEngine:
         )
 
     @property
-    def needs_reference_point(self) -> bool:
-        """Whether the loss compares with z0, a mean over the global batch."""
-        return getattr(self.config, "needs_reference_point", self.spec.inputs == "unpaired")
-
-    @property
     def global_batch_size(self) -> int:
         """Preferences an optimizer step, over all ranks."""
         return global_batch_size(self.config)
@@ -181,7 +176,7 @@ class AlignEngine:
         table = PreferenceTable.from_preferences(
             [data[int(row)] for row in rows],
             kl_from_own=not self.objective.needs_reference,
-            with_kl=self.needs_reference_point,
+            with_kl=self.config.needs_reference_point,
         )
         pack_tokens = self.pack_tokens
         plan = plan_step(
@@ -295,7 +290,7 @@ class AlignEngine:
 
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
-        if not self.needs_reference_point:
+        if not self.config.needs_reference_point:
             return total
         for batch in batches:
             self._score_reference(batch)
