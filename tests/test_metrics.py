@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_align import metrics
 from ds_align.batch import GlobalBatch, Layout, PackedBatch, Pair, TokenScores, Unpaired
 from ds_align.config import METHODS, BaseConfig, CPOConfig, DPOConfig, KTOConfig
 from ds_align.metrics import MetricSums
@@ -179,6 +180,23 @@ def test_no_value_is_read_between_logged_steps(settings: dict) -> None:
     with reads:
         assert sums.reduce()[0]["loss"] > 0
     assert reads.count > 0, "the figures are read when they are logged"
+
+
+def test_all_figures_come_from_one_sum_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    over_ranks = metrics.distributed.all_reduce_sum
+
+    def counted(*arguments: object) -> torch.Tensor:
+        calls.append(arguments)
+        return over_ranks(*arguments)
+
+    monkeypatch.setattr(metrics.distributed, "all_reduce_sum", counted)
+    sums = MetricSums("pairs", CPU)
+    for batch in batches(PAIRS, [[0], [1, 2]]):
+        sums.add(run(DPOConfig(), batch, PAIR_VALUES, reference_logps=REFERENCE), batch)
+    assert not calls
+    means, counters = sums.reduce(tokens=17.0, seconds=2.5)
+    assert len(calls) == 1 and len(means) > 10 and len(counters) == 2
 
 
 def unpaired_means(rows: list[Unpaired], parts: list[list[int]]) -> dict[str, float]:

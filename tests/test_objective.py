@@ -147,6 +147,21 @@ def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them() -> None:
     torch.testing.assert_close(weighted, math.exp(-1) * unweighted)
 
 
+def test_the_experts_balance_is_spread_over_the_preferences() -> None:
+    # Two experts chosen 3 times and once in 4 token-layers: 2 (3 * 1.5 + 1 * 0.5) / 4^2 = 0.625 from this
+    # micro-batch. The engine divides the sum over its two pairs by the 4 of the global batch: 1.25 a pair.
+    probabilities = torch.tensor([1.5, 0.5], requires_grad=True)
+    given = owner(reference_logps=REFERENCE, router_load=torch.tensor([3.0, 1.0, 4.0]))
+    token_scores = TokenScores(torch.tensor(TOKEN_LOGPS), router_probabilities=probabilities)
+    output = objective(DPOConfig(beta=0.5, router_aux_loss_coef=0.1))(pairs_batch(), token_scores, given)
+    plain = losses(DPOConfig(beta=0.5), reference_logps=REFERENCE)
+    assert output.losses.tolist() == pytest.approx([loss + 0.125 for loss in plain])
+    assert output.parts["aux_loss"].tolist() == pytest.approx([1.25, 1.25])
+    (output.losses.sum() / 4).backward()
+    # 0.1 * 2 * 3 / 16 and 0.1 * 2 * 1 / 16.
+    assert probabilities.grad.tolist() == pytest.approx([0.0375, 0.0125])
+
+
 def unpaired_batch() -> PackedBatch:
     rows = [Unpaired(ids(1), ids(2, 3), True), Unpaired(ids(1), ids(4), False)]
     table = PreferenceTable.from_preferences(rows)
