@@ -1,105 +1,75 @@
-"""Times the log-prob kernels beside what they replace and beside the bare matrix products, in one run.
+"""Times the log-prob kernels beside what they replace, what others offer, and the bare matrix products.
 
-    python benchmarks/kernels.py [--tokens 512] [--hidden 512] [--vocabulary 32000 151936] [--rounds 7]
+    python benchmarks/kernels.py [--tokens 512] [--hidden 512] [--vocabulary 32000 151936] [--rounds 5]
 
-Per contender: seconds (median over the rounds; CPU time of the process on a CPU, device time on a GPU); its
-ratio to the bare matrix products that the same work needs at least, with their results in memory that is
-there already (warm) and in fresh memory (fresh); its ratio to the same work through the whole matrix of
-logits (naive); the peak of extra memory in MB, gradients included; and the largest error of a log-prob
-against float64. The rounds go through all contenders in turn, so that a machine that slows down slows all of
-them. --json FILE writes the same numbers.
+One run measures all contenders in turn, round by round, so that a machine that slows down slows all of them.
+README.md beside this file says what the columns and the contenders are. --json writes the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import platform
+import os
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from kernel_peers import PEERS, loaded, naive, reason_of
+from kernel_problem import MODES, Logprobs, Outcome, Problem, errors_of
+from machine import conditions, peak_mb_of, seconds_of
 from torch import Tensor
 
-from ds_align.kernels import backend, linear_logprob, logprob_gather, native
+from ds_align.kernels import linear_logprob, logprob_gather, native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULTS = {
+    "cpu": {"tokens": 512, "hidden": 512, "vocabulary": [32000, 151936], "dtype": "float32"},
+    "cuda": {"tokens": 16384, "hidden": 4096, "vocabulary": [151936], "dtype": "bfloat16"},
+}
+RESULTS = Path(__file__).parent / "results"
 ENOUGH_MB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """hidden [T, H], weight [V, H], labels [T]; upstream [T] is the gradient that comes in."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    upstream: Tensor
-
-    @classmethod
-    def random(
-        cls, num_tokens: int, width: int, vocabulary: int, *, dtype: torch.dtype, device: str
-    ) -> Problem:
-        """Logits of standard deviation 3, whatever the width."""
-        generator = torch.Generator(device=device).manual_seed(0)
-        options = {"generator": generator, "device": device}
-        hidden = torch.randn(num_tokens, width, **options) * (3.0 / width**0.5)
-        weight = torch.randn(vocabulary, width, **options)
-        labels = torch.randint(0, vocabulary, (num_tokens,), **options)
-        return cls(hidden.to(dtype), weight.to(dtype), labels, torch.randn(num_tokens, **options))
-
-    def leaves(self, *, trains_head: bool) -> tuple[Tensor, Tensor]:
-        """hidden and weight as the ends of a new graph."""
-        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(trains_head)
-
-    def exact(self) -> Tensor:
-        """The log-probs in float64, some tokens at a time."""
-        weight = self.weight.double()
-        parts = []
-        for rows in range(0, len(self.labels), 32):
-            logits = self.hidden[rows : rows + 32].double() @ weight.T
-            parts.append(
-                -torch.nn.functional.cross_entropy(logits, self.labels[rows : rows + 32], reduction="none")
-            )
-        return torch.cat(parts)
+# Triton tunes and cuBLAS makes its workspaces in the first runs.
+NUM_WARM_UPS = {"cpu": 0, "cuda": 3}
+PRODUCT = "matrix products"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """`run` does the work once and returns the log-probs, or None.
-
-    products: those that the work needs at least, "logits", "hidden" or "weight"; like: who does it naively.
-    """
+    """`run` does the work once. products: the matrix products that it makes. A peer's failure is a reason."""
 
     name: str
-    run: Callable[[], Tensor | None]
+    mode: str
+    run: Callable[[], Outcome | None]
     products: tuple[str, ...] = ()
-    like: str = ""
+    is_peer: bool = False
 
 
 @dataclass(slots=True)
 class Result:
-    """One line of the table."""
+    """One line of the table. seconds: one for each round, median theirs.
+
+    first_seconds: the first run by the clock, compilation included.
+    """
 
     name: str
-    seconds: float
+    mode: str
+    num_products: int
+    seconds: list[float]
+    median: float
     warm: float | None
     fresh: float | None
     naive: float | None
     peak_mb: float
-    error: float | None
-
-
-def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """What everybody writes first: all logits, then their log-softmax in float32."""
-    logits = hidden @ weight.T
-    return torch.log_softmax(logits.float(), dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    first_seconds: float
+    logprob_error: float | None
+    gradient_error: float | None
 
 
 def products(problem: Problem) -> list[Contender]:
@@ -120,189 +90,231 @@ def products(problem: Problem) -> list[Contender]:
     def fresh(left: Tensor, right: Tensor) -> Callable[[], None]:
         return lambda: (torch.mm(left, right), None)[1]
 
-    return [Contender(f"{name}, warm", warm(*factors[name])) for name in factors] + [
-        Contender(f"{name}, fresh", fresh(*factors[name][:2])) for name in factors
+    return [Contender(f"{name}, warm", PRODUCT, warm(*factors[name])) for name in factors] + [
+        Contender(f"{name}, fresh", PRODUCT, fresh(*factors[name][:2])) for name in factors
     ]
 
 
-SCORING, FROZEN, TRAINING = ("logits",), ("logits", "hidden"), ("logits", "hidden", "weight")
-
-
-def contenders(problem: Problem, impl: str) -> list[Contender]:
-    """Ours in every mode with one implementation."""
-    labels = problem.labels
-
-    def scored() -> Tensor:
-        with torch.no_grad():
-            return linear_logprob(problem.hidden, problem.weight, labels, impl=impl)
-
-    def backward(logprobs: Tensor) -> Tensor:
-        (logprobs * problem.upstream).sum().backward()
-        return logprobs.detach()
-
-    def trained(*, trains_head: bool, budget: int = 0) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            hidden, weight = problem.leaves(trains_head=trains_head)
-            return backward(linear_logprob(hidden, weight, labels, impl=impl, logits_budget_mb=budget))
-
-        return run
-
-    def gathered(*, reuse_logits: bool) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            hidden, weight = problem.leaves(trains_head=True)
-            logits = hidden @ weight.T
-            return backward(logprob_gather(logits, labels, impl, reuse_logits=reuse_logits))
-
-        return run
-
-    recompute, keep = trained(trains_head=True), trained(trains_head=True, budget=ENOUGH_MB)
-    # One twentieth of the logits' bytes.
-    some = trained(trains_head=True, budget=len(labels) * len(problem.weight) * 4 // 20 // 2**20)
+def in_modes(
+    name: str,
+    logprobs_of: Logprobs,
+    problem: Problem,
+    modes: Iterable[str] = MODES,
+    *,
+    recomputes: bool = False,
+    is_peer: bool = False,
+) -> list[Contender]:
+    """One function in several modes. recomputes: its backward makes the logits again."""
     return [
-        Contender(f"{impl}: no gradient", scored, SCORING, "naive: no gradient"),
-        Contender(f"{impl}: frozen head", trained(trains_head=False), FROZEN, "naive: frozen head"),
-        Contender(f"{impl}: recompute", recompute, ("logits", *TRAINING), "naive: trainable"),
-        Contender(f"{impl}: keep 1/20", some, ("logits", *TRAINING), "naive: trainable"),
-        Contender(f"{impl}: keep logits", keep, TRAINING, "naive: trainable"),
-        Contender(f"{impl}: gather", gathered(reuse_logits=False), TRAINING, "naive: trainable"),
-        Contender(f"{impl}: gather, reuse", gathered(reuse_logits=True), TRAINING, "naive: trainable"),
-    ]
-
-
-def naive_contenders(problem: Problem) -> list[Contender]:
-    """The same work through the whole matrix of logits."""
-
-    def scored() -> Tensor:
-        with torch.no_grad():
-            return naive(problem.hidden, problem.weight, problem.labels)
-
-    def trained(*, trains_head: bool) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            logprobs = naive(*problem.leaves(trains_head=trains_head), problem.labels)
-            (logprobs * problem.upstream).sum().backward()
-            return logprobs.detach()
-
-        return run
-
-    return [
-        Contender("naive: no gradient", scored, SCORING),
-        Contender("naive: frozen head", trained(trains_head=False), FROZEN),
-        Contender("naive: trainable", trained(trains_head=True), TRAINING),
-    ]
-
-
-def seconds_of(run: Callable[[], object], device: str) -> float:
-    """One run, in CPU seconds of the process or seconds of the device."""
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def resident_mb(key: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def peak_mb_of(run: Callable[[], object], device: str) -> float:
-    """Most memory that one run took beyond what was there before it."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = resident_mb("VmRSS")
-    run()
-    return resident_mb("VmHWM") - before
-
-
-def compared(contender: Contender, seconds: dict[str, float]) -> dict[str, float | None]:
-    """The contender's ratios."""
-    own = seconds[contender.name]
-    ratios: dict[str, float | None] = {
-        kind: own / sum(seconds[f"{name}, {kind}"] for name in contender.products)
-        if contender.products
-        else None
-        for kind in ("warm", "fresh")
-    }
-    return ratios | {"naive": own / seconds[contender.like] if contender.like else None}
-
-
-def measured(problem: Problem, rounds: int, device: str) -> list[Result]:
-    """All contenders on one problem."""
-    impls = ["native", "torch"] if native.HAS_KERNELS.get(device) else ["torch"]
-    ours = [contender for impl in impls for contender in contenders(problem, impl)]
-    everybody = products(problem) + naive_contenders(problem) + ours
-    exact = problem.exact()
-    errors, peaks, times = {}, {}, {contender.name: [] for contender in everybody}
-    for contender in everybody:
-        logprobs = contender.run()
-        errors[contender.name] = None if logprobs is None else (logprobs.double() - exact).abs().max().item()
-        peaks[contender.name] = peak_mb_of(contender.run, device)
-    for _ in range(rounds):
-        for contender in everybody:
-            times[contender.name].append(seconds_of(contender.run, device))
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    return [
-        Result(
-            name=contender.name,
-            seconds=seconds[contender.name],
-            **compared(contender, seconds),
-            peak_mb=peaks[contender.name],
-            error=errors[contender.name],
+        Contender(
+            name,
+            mode,
+            partial(problem.outcome, logprobs_of, mode),
+            ("logits",) * (recomputes and mode != "no gradient") + MODES[mode],
+            is_peer,
         )
-        for contender in everybody
+        for mode in modes
     ]
 
 
-def table(results: list[Result]) -> str:
-    """The results as aligned text."""
-    columns = ("seconds", "warm", "fresh", "naive", "peak MB", "error")
-    lines = [f"{'contender':<24}" + "".join(f"{column:>9}" for column in columns)]
-    for result in results:
-        ratios = [f"{ratio:.3f}" if ratio else "" for ratio in (result.warm, result.fresh, result.naive)]
-        error = "" if result.error is None else f"{result.error:.1e}"
-        cells = (f"{result.seconds:.4f}", *ratios, f"{result.peak_mb:.1f}", error)
-        lines.append(f"{result.name:<24}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join(lines)
+def ours(problem: Problem, impl: str) -> list[Contender]:
+    """Ours in every mode with one implementation."""
+
+    def linear(budget_mb: int) -> Logprobs:
+        return partial(linear_logprob, impl=impl, logits_budget_mb=budget_mb)
+
+    def gather(*, reuse_logits: bool) -> Logprobs:
+        return lambda hidden, weight, labels: logprob_gather(
+            hidden @ weight.T, labels, impl, reuse_logits=reuse_logits
+        )
+
+    name, head = f"ours, {impl}", ["trainable"]
+    some = len(problem.labels) * len(problem.weight) * 4 // 20 // 2**20
+    return [
+        *in_modes(name, linear(0), problem, ["no gradient", "frozen head"]),
+        *in_modes(f"{name}: recompute", linear(0), problem, head, recomputes=True),
+        *in_modes(f"{name}: keep 1/20", linear(some), problem, head, recomputes=True),
+        *in_modes(f"{name}: keep logits", linear(ENOUGH_MB), problem, head),
+        *in_modes(f"{name}: gather", gather(reuse_logits=False), problem, head),
+        *in_modes(f"{name}: gather, reuse", gather(reuse_logits=True), problem, head),
+    ]
+
+
+def entrants(problem: Problem, device: str, only: str) -> tuple[list[Contender], dict[str, str]]:
+    """Those whose names hold `only` and can start here, and why other peers cannot.
+
+    The bare products and the naive way are always there: the ratios need them.
+    """
+    impls = ["native", "torch"] if native.HAS_KERNELS.get(device) else ["torch"]
+    chosen = [contender for impl in impls for contender in ours(problem, impl)]
+    chosen = [contender for contender in chosen if re.search(only, contender.name)]
+    skipped = {}
+    for peer in PEERS:
+        if not re.search(only, peer.name):
+            continue
+        function = loaded(peer, device)
+        if isinstance(function, str):
+            skipped[peer.name] = function
+        else:
+            chosen += in_modes(peer.name, function, problem, recomputes=peer.recomputes, is_peer=True)
+    return products(problem) + in_modes("naive", naive, problem) + chosen, skipped
+
+
+def first_run(contender: Contender, exact: Outcome, device: str) -> dict[str, float | None]:
+    """Clock time of the first run, errors and memory; the runs after it find everything compiled."""
+    start = time.perf_counter()
+    outcome = contender.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    first_seconds = time.perf_counter() - start
+    logprob, gradient = (None, None) if outcome is None else errors_of(outcome, exact)
+    del outcome
+    for _ in range(NUM_WARM_UPS[device]):
+        contender.run()
+    return {
+        "first_seconds": first_seconds,
+        "logprob_error": logprob,
+        "gradient_error": gradient,
+        "peak_mb": peak_mb_of(contender.run, device),
+    }
+
+
+def started(
+    everybody: list[Contender], exact: Outcome, device: str
+) -> tuple[dict[tuple[str, str], dict[str, float | None]], dict[str, str]]:
+    """The first runs by mode and name, and why some did not run.
+
+    Only a peer may fail, and anybody may need more memory than a GPU has.
+    """
+    firsts, skipped = {}, {}
+    for contender in everybody:
+        try:
+            firsts[contender.mode, contender.name] = first_run(contender, exact, device)
+        except Exception as error:
+            if not contender.is_peer and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            skipped[f"{contender.name}, {contender.mode}"] = reason_of(error)
+        # After the error is gone, whose frames hold tensors.
+        if device == "cuda" and (contender.mode, contender.name) not in firsts:
+            torch.cuda.empty_cache()
+    return firsts, skipped
+
+
+def ratio_to(seconds: float, parts: list[float | None]) -> float | None:
+    """seconds over the sum of the parts, where all of them were measured."""
+    return None if not parts or None in parts else seconds / sum(parts)
+
+
+def measured(problem: Problem, rounds: int, device: str, only: str) -> tuple[list[Result], dict[str, str]]:
+    """All contenders on one problem, and why some are missing."""
+    torch.compiler.reset()
+    everybody, skipped = entrants(problem, device, only)
+    firsts, failed = started(everybody, problem.exact(), device)
+    runners = [contender for contender in everybody if (contender.mode, contender.name) in firsts]
+    times = {key: [] for key in firsts}
+    for _ in range(rounds):
+        for contender in runners:
+            times[contender.mode, contender.name].append(seconds_of(contender.run, device))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    results = []
+    for contender in runners:
+        key = (contender.mode, contender.name)
+        bare = {
+            kind: [medians.get((PRODUCT, f"{name}, {kind}")) for name in contender.products]
+            for kind in ("warm", "fresh")
+        }
+        results.append(
+            Result(
+                name=contender.name,
+                mode=contender.mode,
+                num_products=len(contender.products),
+                seconds=times[key],
+                median=medians[key],
+                warm=ratio_to(medians[key], bare["warm"]),
+                fresh=ratio_to(medians[key], bare["fresh"]),
+                naive=ratio_to(medians[key], [medians.get((contender.mode, "naive"))]),
+                **firsts[key],
+            )
+        )
+    return results, skipped | failed
+
+
+def table(results: list[Result], skipped: dict[str, str]) -> str:
+    """The results as aligned text, a block for each mode, and what is missing from them."""
+    columns = ("products", "seconds", "warm", "fresh", "naive", "peak MB", "first s", "logprob", "gradient")
+    lines = []
+    for mode in (PRODUCT, *MODES):
+        lines.append(f"{mode:<30}" + "".join(f"{column:>9}" for column in columns))
+        for result in (result for result in results if result.mode == mode):
+            ratios = (result.warm, result.fresh, result.naive if result.name != "naive" else None)
+            errors = (result.logprob_error, result.gradient_error)
+            cells = (
+                str(result.num_products or ""),
+                f"{result.median:.4f}",
+                *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+                f"{result.peak_mb:.1f}",
+                f"{result.first_seconds:.2f}",
+                *("" if error is None else f"{error:.1e}" for error in errors),
+            )
+            lines.append(f"  {result.name:<28}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines + [f"not run: {name}: {reason}" for name, reason in skipped.items()])
+
+
+def arguments_of(words: list[str]) -> argparse.Namespace:
+    """The command line, with the device's own defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--vocabulary", type=int, nargs="+")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="a regular expression on the contenders' names")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        help="a file; without one, results/kernels-<device>.json",
+    )
+    arguments = parser.parse_args(words)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: expected 1 or more")
+    for name, value in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.json == RESULTS:
+        arguments.json = RESULTS / f"kernels-{arguments.device}.json"
+    return arguments
 
 
 def main() -> None:
     """Measures each vocabulary and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[32000, 151936])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = arguments_of(sys.argv[1:])
     torch.set_num_threads(arguments.threads)
-    runs = []
+    about, runs, start = conditions(arguments.device), [], time.monotonic()
     for vocabulary in arguments.vocabulary:
         shape = (arguments.tokens, arguments.hidden, vocabulary)
         problem = Problem.random(*shape, dtype=DTYPES[arguments.dtype], device=arguments.device)
-        results = measured(problem, arguments.rounds, arguments.device)
-        where = f"{arguments.dtype} {arguments.device}, live: {backend()}"
+        results, skipped = measured(problem, arguments.rounds, arguments.device, arguments.only)
+        where = f"{arguments.dtype} {arguments.device}, live: {about['live_back_end']}"
         print(f"\nT={shape[0]} H={shape[1]} V={vocabulary} {where}")
-        print(table(results), flush=True)
-        runs.append({"vocabulary": vocabulary, "results": [asdict(result) for result in results]})
+        print(table(results, skipped), flush=True)
+        runs.append(
+            {
+                "vocabulary": vocabulary,
+                "results": [asdict(result) for result in results],
+                "skipped": skipped,
+            }
+        )
+    about |= {"load_average_at_end": list(os.getloadavg()), "run_seconds": time.monotonic() - start}
+    print(f"\n{about['run_seconds']:.0f} s, load {about['load_average_at_start'][0]:.2f} at the start")
     if arguments.json:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        settings = {key: str(value) for key, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"about": about, "settings": settings, "runs": runs}, indent=1))
+        settings = vars(arguments) | {"json": str(arguments.json)}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"about": about, "settings": settings, "runs": runs}
+        arguments.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
