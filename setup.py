@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "peft>=0.18",
     "accelerate>=1.10",
     "datasets>=4.0",
+    "pyarrow>=17.0",
     "pydantic>=2.10",
     "safetensors>=0.6",
     "sentencepiece>=0.2",

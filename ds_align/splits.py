@@ -51,7 +51,7 @@ def load_splits(
     source = train_dataset if train_dataset is not None else config.dataset_path
     if source is None:
         raise ConfigError("dataset_path is missing; give --dataset_path FILE")
-    names = available_splits(source)
+    names = available_splits(source, config)
     train = load(config, tokenizer, source, "train" if "train" in names else None)
     evaluation, eval_set = None, None
     given = eval_dataset if eval_dataset is not None else config.eval_dataset_path

@@ -82,6 +82,10 @@ def write_data(work: Path) -> None:
         tiny.write_jsonl(work / f"renamed_{field}.jsonl", [rename(row, field) for row in singles])
     chats = [{name: as_messages(name, text) for name, text in row.items()} for row in pairs]
     tiny.write_jsonl(work / "chats.jsonl", chats)
+    ranked = [row | {"prompt": pairs[number % 3]["prompt"]} for number, row in enumerate(pairs)]
+    tiny.write_jsonl(work / "ranked.jsonl", ranked)
+    # More rows than one process takes at a time.
+    tiny.write_jsonl(work / "many.jsonl", tiny.text_pairs(1100))
     (work / "split.json").write_text(json.dumps({"train": pairs, "validation": tiny.text_pairs(5)}))
     (work / "used").mkdir()
     (work / "used" / "metrics.jsonl").write_text("{}\n")
@@ -160,6 +164,8 @@ def fingerprint(trainer: Trainer, layer_calls: int) -> dict:
         "weights_dtype": sorted({str(weight.dtype) for weight in weights.values()}),
         "tokens": [row_tokens(row) for row in engine.train_data],
         "train_rows": len(engine.train_data),
+        "tokenizing_processes": engine.train_data.num_processes,
+        "token_directory": engine.train_data.directory and engine.train_data.directory.parents[1].name,
         "eval_set": engine.eval_set,
         "global_batch": engine.global_batch_size,
         "layout": str(engine.layout),
@@ -169,7 +175,12 @@ def fingerprint(trainer: Trainer, layer_calls: int) -> dict:
         "optimizer": [type(optimizer).__name__, {name: str(v) for name, v in optimizer.defaults.items()}],
         "reference_ds": own_engine._config._param_dict if own_engine else None,
         "layer_calls": layer_calls,
+        "cache_directory": None,
+        "num_cached": 0,
     }
+    if engine.reference is not None and engine.reference.kind == "cache":
+        cache = engine.reference.cache
+        result |= {"cache_directory": cache.directory.parent.name, "num_cached": len(cache)}
     return result | describe_plan(engine) | read_records(directory)
 
 

@@ -14,6 +14,7 @@ from tests.flags_adapters import ADAPTERS
 from tests.flags_checkpoints import CHECKPOINTS
 from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect, Refused
 from tests.flags_methods import OWN, SYNC
+from tests.flags_reference import CACHED
 
 
 def longest(part: slice) -> Callable[[dict], int]:
@@ -38,6 +39,10 @@ def needs_reference(changes: dict) -> list[Refused]:
 def read_by_kto_only(name: str) -> list[Effect | Refused]:
     words = f"dataset_{name}_field without effect"
     return [*renamed(name, "kto"), Refused({f"dataset_{name}_field": f"my_{name}"}, words)]
+
+
+def kept_in(name: str | None) -> Callable[[dict], bool]:
+    return lambda run: run["token_directory"] == name
 
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{{ eos_token }}{% endfor %}"
@@ -145,6 +150,20 @@ DATA = {
         Refused({"dataset_path": "WORK/bad.jsonl", "on_bad_rows": "skip"}, "max_bad_fraction=0.01"),
         Refused({"max_bad_fraction": 0.1}, "max_bad_fraction=0.1 has no effect"),
     ],
+    "dataset_num_proc": [
+        Effect(
+            {"dataset_num_proc": 2},
+            "tokenizing_processes",
+            "tokens weights",
+            base={"dataset_path": "WORK/many.jsonl", "dataset_cache_dir": "none"},
+            holds=lambda run: run["tokenizing_processes"] == 2,
+        ),
+        Refused({"dataset_num_proc": 0}, "dataset_num_proc"),
+    ],
+    "dataset_cache_dir": [
+        Effect({"dataset_cache_dir": directory}, "token_directory", f"tokens {TRAINING}", holds=kept_in(name))
+        for directory, name in (("WORK/my-tokens", "my-tokens"), ("none", None))
+    ],
 }
 
 BATCH = {
@@ -180,6 +199,24 @@ BATCH = {
     "ref_batch_tokens": [
         Effect({"ref_batch_tokens": 40}, "reference_packs", f"micro_batches {ALIKE}"),
         *needs_reference({"ref_batch_tokens": 40}),
+    ],
+    "group_by_prompt": [
+        Effect(
+            {"group_by_prompt": True},
+            "order step_tokens losses weights",
+            base={"dataset_path": "WORK/ranked.jsonl"},
+            # Three prompts of four rows each, in batches of four: a prompt a step.
+            holds=lambda run: all(len({row % 3 for row in rows}) == 1 for rows in run["order"]),
+        ),
+        Effect(
+            {"group_by_prompt": True},
+            same="order weights",
+            holds=lambda run: "no two of the 12 rows have the same prompt" in run["printed"],
+        ),
+        Refused(
+            {"group_by_prompt": True, "train_sampling_strategy": "sequential"},
+            "group_by_prompt has no meaning",
+        ),
     ],
     "prefix_sharing": [Effect({"prefix_sharing": False}, "layout step_tokens", ALIKE)],
     "train_sampling_strategy": [
@@ -343,7 +380,7 @@ SYSTEM = {
 }
 
 
-SHARED_FIELDS = MODEL | ADAPTERS | SYNC | DATA | BATCH | OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
+SHARED_FIELDS = MODEL | ADAPTERS | SYNC | CACHED | DATA | BATCH | OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
 
 
 def every_entry() -> list[tuple[str, Effect | Refused]]:

@@ -16,17 +16,27 @@ from ds_align.config.fields import (
     ModelFields,
     OptimisationFields,
     Precision,
-    SyncFields,
     SystemFields,
 )
+from ds_align.config.reference import ReferenceFields
 from ds_align.config.schema import Problem, changed, nearest, rule
+
+_REFERENCE_SETTINGS = (
+    "ref_model_name",
+    "ref_ds_config",
+    "ref_batch_tokens",
+    "ref_logps",
+    "ref_load_in_8bit",
+    "ref_load_in_4bit",
+    "sync_ref_model",
+)
 
 
 class BaseConfig(
     SystemFields,
     CheckpointFields,
     EvaluationFields,
-    SyncFields,
+    ReferenceFields,
     AdapterFields,
     OptimisationFields,
     BatchFields,
@@ -187,7 +197,14 @@ class BaseConfig(
             return f"{key!r} is a setting of {', '.join(owners)}, not of {cls.method}"
         return super().explain_unknown(key, also)
 
-    @rule("use_lora", "ref_model_name", "ref_ds_config", "sync_ref_model")
+    @rule(
+        "use_lora",
+        "ref_model_name",
+        "ref_ds_config",
+        "ref_load_in_8bit",
+        "ref_load_in_4bit",
+        "sync_ref_model",
+    )
     def _adapters_off_is_no_second_model(self) -> str | None:
         if not self.use_lora:
             return None
@@ -196,10 +213,11 @@ class BaseConfig(
                 "sync_ref_model has no meaning with use_lora: a policy of model and adapters cannot be mixed "
                 "into a reference; leave one of the two out"
             )
-        if self.ref_ds_config is not None and self.ref_model_name is None:
+        names = changed(self, "ref_ds_config", "ref_load_in_8bit", "ref_load_in_4bit")
+        if names and self.ref_model_name is None:
             return (
-                "ref_ds_config without effect: with use_lora the reference is the policy with its adapters "
-                "off, not a second model; leave it out, or name a ref_model_name"
+                f"{', '.join(names)} without effect: with use_lora the reference is the policy with its "
+                "adapters off, not a second model; leave it out, or name a ref_model_name"
             )
         return None
 
@@ -212,9 +230,9 @@ class BaseConfig(
             )
         return None
 
-    @rule("ref_model_name", "ref_ds_config", "ref_batch_tokens", "sync_ref_model")
+    @rule(*_REFERENCE_SETTINGS)
     def _reference_settings_need_a_reference(self) -> str | None:
-        names = changed(self, "ref_model_name", "ref_ds_config", "ref_batch_tokens", "sync_ref_model")
+        names = changed(self, *_REFERENCE_SETTINGS)
         if names and not self.needs_reference:
             return (
                 f"{', '.join(names)} without effect: this {self.method} run has no reference model; leave out"

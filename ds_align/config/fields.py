@@ -109,6 +109,16 @@ class DataFields(Schema):
         "error", description="error: stop at rows that cannot be read; skip: leave them out and count them."
     )
     max_bad_fraction: Share = Field(0.01, description="Largest share of bad rows that skip accepts.")
+    dataset_num_proc: Count | Literal["auto"] = Field(
+        "auto",
+        description="Processes that tokenize; auto: one below 20000 rows, else a core each. The result is "
+        "the same.",
+    )
+    dataset_cache_dir: PathText | None = Field(
+        "auto",
+        description="Directory of tokenized data by their content; auto: `tokens` in $DS_ALIGN_CACHE or "
+        "~/.cache/ds_align; none: tokenize at each start.",
+    )
 
     # Whether the method reads single completions with a label beside pairs.
     reads_unpaired: ClassVar[bool] = False
@@ -141,7 +151,8 @@ class BatchFields(Schema):
     per_device_eval_batch_size: Count = Field(8, description="Preferences per device and evaluation batch.")
     pack_max_tokens: Count | Literal["auto"] = Field(
         "auto",
-        description="Most tokens of one pack (a micro-batch); auto: at least the largest prompt group.",
+        description="Most tokens of one pack (a micro-batch), padding of padded rows included; auto: 2048 "
+        "on CPU, 16384 on GPU. A larger preference has a pack of its own.",
     )
     ref_batch_tokens: Count | Literal["auto"] = Field(
         "auto", description="Most tokens of one pack of the reference, which may be far larger."
@@ -150,6 +161,20 @@ class BatchFields(Schema):
     train_sampling_strategy: Literal["random", "sequential"] = Field(
         "random", description="random: a new order each epoch; sequential: the order of the file."
     )
+    group_by_prompt: bool = Field(
+        False,
+        description="Put the rows of one prompt into one optimizer step, as far as it holds them, so that "
+        "the prompt and completions that return are computed once; the order of the prompts stays random.",
+    )
+
+    @rule("group_by_prompt", "train_sampling_strategy")
+    def _grouping_needs_an_order_to_choose(self) -> str | None:
+        if self.group_by_prompt and self.train_sampling_strategy == "sequential":
+            return (
+                "group_by_prompt has no meaning with train_sampling_strategy=sequential, which keeps the "
+                "order of the file; leave one of the two out"
+            )
+        return None
 
 
 class OptimisationFields(Schema):
@@ -233,29 +258,6 @@ class AdapterFields(Schema):
             names += changed(self, "lora_dropout")
         if names and not self.use_lora:
             return f"{', '.join(names)} without effect: use_lora is false; set it or leave them out"
-        return None
-
-
-class SyncFields(Schema):
-    """Whether the reference follows the policy."""
-
-    group: ClassVar[str] = "Reference"
-
-    sync_ref_model: bool = Field(
-        False,
-        description="Move the reference towards the policy every ref_model_sync_steps steps "
-        "(TR-DPO, arXiv:2404.09656).",
-    )
-    ref_model_sync_steps: Count = Field(64, description="Optimizer steps between two moves.")
-    ref_model_mixup_alpha: Annotated[Share, Field(gt=0)] = Field(
-        0.9, description="The new reference is this times the policy plus the rest of the old reference."
-    )
-
-    @rule("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
-    def _sync_values_need_sync(self) -> str | None:
-        names = changed(self, "ref_model_sync_steps", "ref_model_mixup_alpha")
-        if names and not self.sync_ref_model:
-            return f"{', '.join(names)} without effect: sync_ref_model is false; set it or leave them out"
         return None
 
 

@@ -1,15 +1,31 @@
 """Files to token ids: `load_preferences` reads a source into a PreferenceDataset of Pair or Unpaired rows.
 
 The way of a row: readers (source to records) -> schemas (records to preferences) -> tokenize (to ids) ->
-truncate (to length) -> dataset (flat arrays).
+truncate (to length) -> chunks (flat arrays of some rows) -> spool (of all rows) -> store (on disk) ->
+dataset. Each name is loaded at its first use: the processes that tokenize do without torch.
 """
 
 from __future__ import annotations
 
-from ds_align.data.dataset import DataFields, PreferenceDataset, load_preferences
-from ds_align.data.readers import available_splits
-from ds_align.data.tables import TokenTable
-from ds_align.data.tokenize import BUILTIN_CHAT_TEMPLATE, PreferenceTokenizer
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ds_align.data.build import DataFields
+    from ds_align.data.cache import available_splits
+    from ds_align.data.dataset import PreferenceDataset, load_preferences
+    from ds_align.data.tables import TokenTable
+    from ds_align.data.tokenize import BUILTIN_CHAT_TEMPLATE, PreferenceTokenizer
+
+_LAZY = {
+    "BUILTIN_CHAT_TEMPLATE": "ds_align.data.tokenize",
+    "DataFields": "ds_align.data.build",
+    "PreferenceDataset": "ds_align.data.dataset",
+    "PreferenceTokenizer": "ds_align.data.tokenize",
+    "TokenTable": "ds_align.data.tables",
+    "available_splits": "ds_align.data.cache",
+    "load_preferences": "ds_align.data.dataset",
+}
 
 __all__ = [
     "BUILTIN_CHAT_TEMPLATE",
@@ -20,3 +36,9 @@ __all__ = [
     "available_splits",
     "load_preferences",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'ds_align.data' has no attribute {name!r}")

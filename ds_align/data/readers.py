@@ -1,8 +1,4 @@
-"""Sources to records: JSONL, JSON, `datasets` directories and objects, lists of dicts, each with its origin.
-
-A record keeps where it came from (`file:line`) so that every later complaint can name it. A line that cannot
-be read becomes a BadRow: whether that stops the run is decided where all bad rows are known.
-"""
+"""Sources to records: JSONL, JSON, `datasets` directories and objects, lists of dicts, and their splits."""
 
 from __future__ import annotations
 
@@ -13,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from ds_align.data.rows import BadRow, JsonlRows, ListRows, Record, Rows, utf8_reason
 from ds_align.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +19,8 @@ if TYPE_CHECKING:
 
     Source = str | Path | Sequence[Mapping[str, Any]] | Dataset | DatasetDict
 
-MAX_LINE_BYTES = 32 * 2**20
+# Rows that are read and tokenized together.
+CHUNK_ROWS = 1024
 JSONL_ENDINGS = (".jsonl", ".ndjson")
 SUPPORTED = ".jsonl, .ndjson, .json, or a directory written by datasets' save_to_disk"
 # A JSON object with one of these keys is a record, not a table of splits.
@@ -33,35 +31,17 @@ _DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One row as it was read; `origin` says where (`file:line` or `name: record N`, counted from 1)."""
-
-    origin: str
-    columns: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """One row that cannot be used, and why."""
-
-    origin: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class RecordSet:
-    """The rows of one split of one source; `rows()` starts a fresh pass in file order."""
+    """The rows of one split of one source; `part(start, stop)` are some of them, for any process to read."""
 
     name: str
     num_rows: int
-    rows: Callable[[], Iterator[Record | BadRow]]
+    part: Callable[[int, int], Rows]
 
-
-class _Rows(Protocol):
-    """Rows that can be counted and read by range."""
-
-    def __len__(self) -> int: ...
-    def between(self, start: int, stop: int) -> Iterator[Record | BadRow]: ...
+    def rows(self) -> Iterator[Record | BadRow]:
+        """A fresh pass over all rows."""
+        for start in range(0, self.num_rows, CHUNK_ROWS):
+            yield from self.part(start, start + CHUNK_ROWS)
 
 
 def open_records(source: Source, split: str | None = None) -> RecordSet:
@@ -90,10 +70,23 @@ def open_records(source: Source, split: str | None = None) -> RecordSet:
         found = "is empty" if len(table) == 0 else f"has {len(table)} rows, split={split!r} selects none"
         raise DataError(f"{name}: {found}; expected at least one preference; give a data set with rows")
     return RecordSet(
-        name=name if split is None else f"{name} ({split})",
+        name=display_name(source, split),
         num_rows=stop - start,
-        rows=lambda: table.between(start, stop),
+        part=lambda first, last: table.part(start + first, min(start + last, stop)),
     )
+
+
+def display_name(source: Source, split: str | None) -> str:
+    """What messages call a split of a source."""
+    name = _source_name(source)
+    return name if split is None else f"{name} ({split})"
+
+
+def origin_prefix(source: Source) -> str:
+    """What the origins of a source's rows begin with: the path, or "" for a source in memory."""
+    if not isinstance(source, str | Path):
+        return ""
+    return str(source) if Path(source).is_dir() else str(Path(source))
 
 
 def available_splits(source: Source) -> list[str]:
@@ -110,7 +103,7 @@ def _source_name(source: Source) -> str:
     return "records" if isinstance(source, list | tuple) else "dataset"
 
 
-def _default_split(tables: Mapping[str, _Rows], name: str) -> str:
+def _default_split(tables: Mapping[str, Rows], name: str) -> str:
     if "train" in tables:
         return "train"
     if len(tables) == 1:
@@ -134,16 +127,24 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f", the nearest is {match[0]!r}" if match else ""
 
 
-def _tables(source: Source, name: str) -> dict[str, _Rows]:
+def _tables(source: Source, name: str) -> dict[str, Rows]:
     if isinstance(source, list | tuple):
-        return {"train": _ListRows(source, name)}
+        return {"train": ListRows(source, name)}
     if not isinstance(source, str | Path):
         return _dataset_tables(source, name)
-    path = Path(source)
+    path = check_path(source)
+    if path.is_dir():
+        return _directory_tables(path, name)
+    return {"train": JsonlRows(path)} if path.suffix.lower() in JSONL_ENDINGS else _json_tables(path)
+
+
+def check_path(source: str | Path) -> Path:
+    """The path of a file or directory that may hold preferences. Raises DataError; reads nothing."""
+    name, path = str(source), Path(source)
     if not path.exists():
         raise DataError(f"{name}: no such file or directory; expected {SUPPORTED}; check the path")
     if path.is_dir():
-        return _directory_tables(path, name)
+        return path
     ending = path.suffix.lower()
     if ending not in (*JSONL_ENDINGS, ".json"):
         raise DataError(
@@ -153,10 +154,10 @@ def _tables(source: Source, name: str) -> dict[str, _Rows]:
         raise DataError(
             f"{name}: the file is empty; expected one JSON object for each preference; check the path"
         )
-    return {"train": _JsonlRows(path)} if ending in JSONL_ENDINGS else _json_tables(path)
+    return path
 
 
-def _directory_tables(path: Path, name: str) -> dict[str, _Rows]:
+def _directory_tables(path: Path, name: str) -> dict[str, Rows]:
     if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         raise DataError(
             f"{name}: this directory was not written by datasets' save_to_disk (no dataset_dict.json, no "
@@ -167,102 +168,26 @@ def _directory_tables(path: Path, name: str) -> dict[str, _Rows]:
     return _dataset_tables(load_from_disk(str(path)), name)
 
 
-def _dataset_tables(source: Any, name: str) -> dict[str, _Rows]:
+def _dataset_tables(source: Any, name: str) -> dict[str, Rows]:
     from datasets import Dataset, DatasetDict
 
     if isinstance(source, DatasetDict):
-        return {split: _ListRows(rows, f"{name} ({split})") for split, rows in source.items()}
+        return {split: ListRows(rows, f"{name} ({split})") for split, rows in source.items()}
     if isinstance(source, Dataset):
-        return {"train": _ListRows(source, name)}
+        return {"train": ListRows(source, name)}
     raise DataError(
         f"a data set of type {type(source).__name__} is not read; expected a path, a list of dicts, "
         "a datasets.Dataset or a datasets.DatasetDict"
     )
 
 
-class _ListRows:
-    """A list of dicts, or a datasets.Dataset, which reads the same way."""
-
-    def __init__(self, rows: Sequence[Any], name: str, lines: Sequence[int] | None = None) -> None:
-        self._rows = rows
-        self._name = name
-        self._lines = lines
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def between(self, start: int, stop: int) -> Iterator[Record | BadRow]:
-        for index in range(start, stop):
-            columns = self._rows[index]
-            where = f": record {index + 1}" if self._lines is None else f":{self._lines[index]}"
-            yield _as_row(f"{self._name}{where}", columns)
-
-
-class _JsonlRows:
-    """A JSONL file: one pass finds the lines, each is parsed when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offsets = array("q")
-        self._sizes = array("q")
-        self._lines = array("q")
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self._offsets.append(offset)
-                    self._sizes.append(len(line))
-                    self._lines.append(number)
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def between(self, start: int, stop: int) -> Iterator[Record | BadRow]:
-        with self._path.open("rb") as file:
-            for index in range(start, stop):
-                yield self._read(file, index)
-
-    def _read(self, file: Any, index: int) -> Record | BadRow:
-        offset, size, number = self._offsets[index], self._sizes[index], self._lines[index]
-        origin = f"{self._path}:{number}"
-        if size > MAX_LINE_BYTES:
-            return BadRow(
-                origin, f"the line has {size} bytes, at most {MAX_LINE_BYTES} are read; shorten or remove it"
-            )
-        file.seek(offset)
-        # An error at the end of the line must not be placed on the next one.
-        raw = file.read(size).rstrip(b"\r\n")
-        # The byte order mark belongs to the file, not to its first record.
-        start = 3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
-        try:
-            return _as_row(origin, json.loads(raw[start:].decode("utf-8")))
-        except UnicodeDecodeError as error:
-            return BadRow(origin, _utf8_reason(offset + start + error.start, raw[start + error.start]))
-        except json.JSONDecodeError as error:
-            reason = f"malformed JSON ({error.msg}); expected one JSON object a line; mend or remove it"
-            return BadRow(f"{origin}:{error.colno}", reason)
-        except (ValueError, RecursionError) as error:
-            return BadRow(origin, f"JSON that cannot be read ({error}); mend or remove the line")
-
-
-def _utf8_reason(offset: int, byte: int) -> str:
-    return f"invalid UTF-8 at byte offset {offset} (0x{byte:02x}); convert the file to UTF-8, e.g. with iconv"
-
-
-def _as_row(origin: str, value: Any) -> Record | BadRow:
-    if isinstance(value, Mapping):
-        return Record(origin, value)
-    return BadRow(origin, f"found {type(value).__name__}, expected an object with named columns")
-
-
-def _json_tables(path: Path) -> dict[str, _Rows]:
+def _json_tables(path: Path) -> dict[str, Rows]:
     raw = path.read_bytes()
     start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
     try:
         text = raw[start:].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {_utf8_reason(start + error.start, raw[start + error.start])}") from error
+        raise DataError(f"{path}: {utf8_reason(start + error.start, raw[start + error.start])}") from error
     del raw
     try:
         tables = _parse_json(text, path)
@@ -276,7 +201,7 @@ def _json_tables(path: Path) -> dict[str, _Rows]:
     return tables
 
 
-def _parse_json(text: str, path: Path) -> dict[str, _Rows]:
+def _parse_json(text: str, path: Path) -> dict[str, Rows]:
     position = _skip_space(text, 0)
     if text[position : position + 1] == "[":
         items, end = _list_items(text, position)
@@ -291,18 +216,18 @@ def _parse_json(text: str, path: Path) -> dict[str, _Rows]:
     splits, end = _object_lists(text, position)
     # Many published .json files hold one object on each line.
     if splits is None or _skip_space(text, end) != len(text):
-        return {"train": _JsonlRows(path)}
+        return {"train": JsonlRows(path)}
     return {name: _located(items, text, path) for name, items in splits.items()}
 
 
-def _located(items: list[tuple[int, Any]], text: str, path: Path) -> _ListRows:
+def _located(items: list[tuple[int, Any]], text: str, path: Path) -> ListRows:
     """Rows with the line that each object starts on: newlines counted once from object to object."""
     lines, line, seen = array("q"), 1, 0
     for position, _ in items:
         line += text.count("\n", seen, position)
         seen = position
         lines.append(line)
-    return _ListRows([value for _, value in items], str(path), lines)
+    return ListRows([value for _, value in items], str(path), lines)
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -1,8 +1,10 @@
-"""Token sequences in flat arrays, and the pairing of rows with foreign completions."""
+"""Token sequences in flat arrays, and what is asked of all rows at once."""
 
 from __future__ import annotations
 
-from array import array
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 
@@ -13,6 +15,11 @@ class TokenTable:
     def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
         self.values = values
         self.offsets = offsets
+
+    @classmethod
+    def from_lengths(cls, values: np.ndarray, lengths: np.ndarray) -> TokenTable:
+        """Sequences of these lengths, one behind the other."""
+        return cls(values, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -26,31 +33,57 @@ class TokenTable:
         return np.diff(self.offsets)
 
 
-class GrowingTable:
-    """A TokenTable while it is written."""
+@dataclass(frozen=True)
+class Tables:
+    """Storage of a data set; completions go row by row (chosen, rejected), then the given y' of KTO rows.
 
-    def __init__(self) -> None:
-        self._values = array("i")
-        self._offsets = array("q", [0])
+    kl_index int64 [n]: where in `completions` the y' of a row stands, -1 for none. max_length: what a prompt
+    and its y' may have together. known_digest: what `digest` is, where that is known.
+    """
 
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
+    prompts: TokenTable
+    prompt_index: np.ndarray
+    completions: TokenTable
+    desirable: np.ndarray | None = None
+    kl_index: np.ndarray | None = None
+    max_length: int | None = None
+    known_digest: str | None = None
 
-    def append(self, ids: np.ndarray) -> None:
-        """Add one sequence behind the others."""
-        self._values.frombytes(np.ascontiguousarray(ids, dtype=np.intc).tobytes())
-        self._offsets.append(len(self._values))
+    def columns(self) -> dict[str, np.ndarray]:
+        """Every array that is there, by name, in a fixed order."""
+        found = {
+            "prompt_values": self.prompts.values,
+            "prompt_offsets": self.prompts.offsets,
+            "prompt_index": self.prompt_index,
+            "completion_values": self.completions.values,
+            "completion_offsets": self.completions.offsets,
+            "desirable": self.desirable,
+            "kl_index": self.kl_index,
+        }
+        return {name: column for name, column in found.items() if column is not None}
 
-    def finish(self) -> TokenTable:
-        """The table as it stands; nothing may be appended afterwards."""
-        return TokenTable(
-            np.frombuffer(self._values, dtype=np.intc).astype(np.int32, copy=False), as_int64(self._offsets)
-        )
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all arrays; equal for equal data, wherever they came from."""
+        if self.known_digest is not None:
+            return self.known_digest
+        found = sha256(f"{self.max_length}".encode())
+        for name, column in self.columns().items():
+            found.update(f" {name} {column.dtype}{column.shape} ".encode())
+            found.update(np.ascontiguousarray(column).data)
+        return found.hexdigest()
 
 
-def as_int64(values: array) -> np.ndarray:
-    """The numbers of an array of type "q", int64 [num]; a view."""
-    return np.frombuffer(values, dtype=np.int64) if len(values) else np.zeros(0, dtype=np.int64)
+def first_appearances(keys: np.ndarray) -> np.ndarray:
+    """The first row with the same key, for each row; int64 [n] from uint64 [n, 2]."""
+    # lexsort keeps equal keys in their order, so that each group begins with its first row.
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ordered = keys[order]
+    starts = np.ones(len(keys), dtype=bool)
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first = np.empty(len(keys), dtype=np.int64)
+    first[order] = order[starts][np.cumsum(starts) - 1]
+    return first
 
 
 def mismatched_rows(prompt_keys: np.ndarray) -> np.ndarray:

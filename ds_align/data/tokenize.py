@@ -95,6 +95,9 @@ class PreferenceTokenizer:
 
     def encode(self, preferences: Sequence[Preference]) -> list[EncodedPreference | BadRow]:
         """Token ids of each preference, in order; a row that the template refuses becomes a BadRow."""
+        # What a turn ends with is asked of its first conversation here: were it remembered from call to call,
+        # ids would depend on which rows this process has seen.
+        self._turn_ends.clear()
         results: dict[int, EncodedPreference | BadRow] = {}
         texts: dict[int, _Rendered] = {}
         for index, preference in enumerate(preferences):
@@ -210,7 +213,13 @@ class PreferenceTokenizer:
         if not texts:
             return []
         return self.tokenizer(
-            texts, add_special_tokens=False, padding=False, truncation=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )["input_ids"]
 
     def _encode_prompts(self, texts: list[str]) -> list[np.ndarray]:

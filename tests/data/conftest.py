@@ -12,6 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ds_align.data import load_preferences
+from tests.data import messy
+
 CORPUS = [
     "the cat sat on the mat and the dog barked at the cat",
     "What is the capital of Egypt? The capital of Egypt is Cairo.",
@@ -63,7 +66,7 @@ def metaspace(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def settings() -> Callable[..., Any]:
+def settings(tmp_path: Path) -> Callable[..., Any]:
     """A config as this room sees it, with single entries changed."""
 
     def build(**changes: Any) -> SimpleNamespace:
@@ -79,6 +82,8 @@ def settings() -> Callable[..., Any]:
             "on_bad_rows": "error",
             "max_bad_fraction": 0.01,
             "chat_template": None,
+            "dataset_num_proc": "auto",
+            "dataset_cache_dir": str(tmp_path / "tokens"),
         }
         assert changes.keys() <= fields.keys()
         return SimpleNamespace(**{**fields, **changes})
@@ -97,3 +102,23 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def load(bpe, settings, write_jsonl):
+    """Loads a small file into a cache; by keyword: tokenizer, inputs, split, path, and settings."""
+    path = write_jsonl([messy.row(number) for number in range(20)])
+
+    def call(**changes):
+        given = {"path": path, "tokenizer": None, "inputs": "pairs", "split": None}
+        given |= {name: changes.pop(name) for name in given.keys() & changes.keys()}
+        return load_preferences(
+            given["path"],
+            tokenizer=given["tokenizer"] or bpe(),
+            inputs=given["inputs"],
+            split=given["split"],
+            config=settings(**changes),
+        )
+
+    call.path = path
+    return call

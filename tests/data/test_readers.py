@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ds_align.data import available_splits
-from ds_align.data.readers import MAX_LINE_BYTES, BadRow, Record, open_records
+from ds_align.data.readers import BadRow, Record, open_records
+from ds_align.data.rows import MAX_LINE_BYTES
 from ds_align.errors import DataError
 
 ROWS = [{"prompt": f"p{index}"} for index in range(10)]

@@ -1,0 +1,184 @@
+"""A source tokenized: its rows, in one process or several, into tables, and what was met on the way."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from ds_align import distributed
+from ds_align.data.chunks import ChunkSettings, EncodedChunk
+from ds_align.data.parallel import CannotShareError, EncodingProcesses, encode_here, num_processes
+from ds_align.data.readers import CHUNK_ROWS, RecordSet, open_records, origin_prefix
+from ds_align.data.schemas import ColumnFields, Columns, Layout, recognise_layout
+from ds_align.data.spool import Spool
+from ds_align.data.tables import Tables
+from ds_align.data.truncate import LengthFields, Limits
+from ds_align.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ds_align.data.readers import Source
+
+# What takes less says nothing.
+_QUIET_SECONDS = 3.0
+
+
+class DataFields(ColumnFields, LengthFields, Protocol):
+    """What this room reads from a config."""
+
+    on_bad_rows: Literal["error", "skip"]
+    max_bad_fraction: float
+    chat_template: str | None
+    dataset_num_proc: int | Literal["auto"]
+    dataset_cache_dir: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is tokenized, for whom and how."""
+
+    source: Source
+    split: str | None
+    tokenizer: PreTrainedTokenizerBase | None
+    inputs: Layout
+    config: DataFields
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """Tables of a source, what was counted, and the first bad rows as (place in the source, reason).
+
+    num_processes: how many tokenized; 0: read from `directory`, an entry of the cache. remarks: what the user
+    should know of the way, which says nothing of the data.
+    """
+
+    tables: Tables
+    counts: dict[str, int]
+    shown_bad: list[tuple[str, str]]
+    num_processes: int = 0
+    directory: Path | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = None) -> Tokenized:
+    """Reads, recognises, tokenizes and cuts every row; `directory` takes the tokens instead of the memory.
+
+    sharing_ranks: processes of this node that do the same at the same time. Raises DataError and ConfigError
+    as load_preferences does.
+    """
+    records = open_records(job.source, job.split)
+    columns = Columns.from_config(job.config)
+    settings = ChunkSettings(
+        job.tokenizer,
+        job.config.chat_template,
+        recognise_layout(islice(records.rows(), CHUNK_ROWS), job.inputs, columns, records.name),
+        job.inputs,
+        columns,
+        Limits.from_config(job.config),
+    )
+    number = num_processes(job.config.dataset_num_proc, records.num_rows, sharing_ranks=max(1, sharing_ranks))
+    with Spool(job.inputs, settings.limits.max_length, directory) as spool:
+        number, remarks = _fill(spool, settings, records, number)
+        _judge_bad_rows(spool, records, job.config)
+        tables = spool.finish()
+    counts = {
+        "rows_read": records.num_rows,
+        "rows": len(tables.prompt_index),
+        "bad_rows": spool.num_bad,
+        **spool.counts,
+    }
+    prefix = origin_prefix(job.source)
+    shown = [(row.origin.removeprefix(prefix), row.reason) for row in spool.shown_bad]
+    return Tokenized(tables, counts, shown, number, remarks=remarks)
+
+
+def _fill(
+    spool: Spool, settings: ChunkSettings, records: RecordSet, number: int
+) -> tuple[int, tuple[str, ...]]:
+    """Encodes all rows into the spool; returns how many processes did it, and remarks."""
+    parts = (records.part(start, start + CHUNK_ROWS) for start in range(0, records.num_rows, CHUNK_ROWS))
+    remarks: tuple[str, ...] = ()
+    if number > 1:
+        try:
+            with EncodingProcesses(settings, number) as processes:
+                _gather(spool, processes.encode(parts), records, number)
+            return number, remarks
+        except CannotShareError as error:
+            reason = f"another process cannot be given the tokenizer ({error})"
+            remarks = (f"{records.name}: tokenized in one process, not in {number}: {reason}",)
+    _gather(spool, encode_here(settings, parts), records, 1)
+    return 1, remarks
+
+
+def _gather(spool: Spool, chunks: Iterable[EncodedChunk], records: RecordSet, number: int) -> None:
+    for chunk in _shown(chunks, records, number):
+        spool.add(chunk)
+
+
+def _shown(chunks: Iterable[EncodedChunk], records: RecordSet, number: int) -> Iterator[EncodedChunk]:
+    """The chunks; where they take long the main rank shows a bar in a terminal, else one line at the end."""
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    in_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=records.num_rows,
+        desc=f"tokenizing {records.name}",
+        unit="rows",
+        unit_scale=True,
+        delay=_QUIET_SECONDS,
+        disable=not (in_terminal and distributed.is_main()),
+    )
+    with bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(chunk.num_read)
+    seconds = time.perf_counter() - started
+    if distributed.is_main() and not in_terminal and seconds > _QUIET_SECONDS:
+        print(
+            f"{records.name}: {records.num_rows} rows tokenized in {seconds:.1f} s "
+            f"({records.num_rows / seconds:.0f} rows/s, {number} processes)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _judge_bad_rows(spool: Spool, records: RecordSet, config: DataFields) -> None:
+    """Raises DataError where too many rows are bad, or none is left."""
+    if spool.num_bad:
+        _judge_their_number(spool, records, config)
+    if not spool.num_preferences:
+        raise DataError(
+            f"{records.name}: no preference is left of {records.num_rows} rows ({spool.num_bad} bad, "
+            f"{spool.counts['dropped_equal_pairs']} with chosen equal to rejected); give rows that can be "
+            "used"
+        )
+
+
+def _judge_their_number(spool: Spool, records: RecordSet, config: DataFields) -> None:
+    fraction = spool.num_bad / records.num_rows
+    if config.on_bad_rows == "skip" and fraction <= config.max_bad_fraction:
+        return
+    if config.on_bad_rows == "skip":
+        remedy = (
+            f"more than max_bad_fraction={config.max_bad_fraction:g} allows; mend them or raise the fraction"
+        )
+    else:
+        remedy = f"mend them, or set on_bad_rows=skip (at most max_bad_fraction={config.max_bad_fraction:g})"
+    shown = describe_bad_rows([(row.origin, row.reason) for row in spool.shown_bad], spool.num_bad)
+    raise DataError(
+        f"{records.name}: {spool.num_bad} of {records.num_rows} rows cannot be used, {remedy}: {shown}"
+    )
+
+
+def describe_bad_rows(shown: list[tuple[str, str]], number: int) -> str:
+    """The first bad rows as (origin, reason), and how many more there are."""
+    text = " | ".join(f"{origin}: {reason}" for origin, reason in shown)
+    more = number - len(shown)
+    return f"{text} | and {more} more" if more > 0 else text

@@ -1,0 +1,135 @@
+"""Rows where they lie: in lists, Arrow tables and JSONL files, each with its origin.
+
+A record keeps where it came from (`file:line`) so that every later complaint can name it. A line that cannot
+be read becomes a BadRow: whether that stops the run is decided where all bad rows are known.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+MAX_LINE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as it was read; `origin` says where (`file:line` or `name: record N`, counted from 1)."""
+
+    origin: str
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """One row that cannot be used, and why."""
+
+    origin: str
+    reason: str
+
+
+class Rows(Protocol):
+    """Rows that can be counted and read in file order, as often as wanted; a part of them can be pickled."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Record | BadRow]: ...
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows from start to stop."""
+
+
+class ListRows:
+    """A list of dicts, or a datasets.Dataset, which reads the same way; `first`: number of the first row."""
+
+    def __init__(
+        self, rows: Sequence[Any], name: str, lines: Sequence[int] | None = None, first: int = 1
+    ) -> None:
+        self._rows = rows
+        self._name = name
+        self._lines = lines
+        self._first = first
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Record | BadRow]:
+        for index in range(len(self._rows)):
+            number = self._first + index
+            where = f": record {number}" if self._lines is None else f":{self._lines[index]}"
+            yield _as_row(f"{self._name}{where}", self._rows[index])
+
+    def part(self, start: int, stop: int) -> ListRows:
+        """The rows themselves: a slice of an Arrow table would be pickled with all of it."""
+        lines = None if self._lines is None else self._lines[start:stop]
+        rows = [self._rows[index] for index in range(start, stop)]
+        return ListRows(rows, self._name, lines, self._first + start)
+
+
+class JsonlRows:
+    """A JSONL file: one pass, when it is first needed, finds the lines; each is parsed when it is read."""
+
+    def __init__(self, path: Path, places: tuple[array, array, array] | None = None) -> None:
+        self._path = path
+        self._places = places
+
+    def _find(self) -> tuple[array, array, array]:
+        """Offset, size and number of each line that is not blank."""
+        if self._places is None:
+            offsets, sizes, numbers = self._places = (array("q"), array("q"), array("q"))
+            offset = 0
+            with self._path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        offsets.append(offset)
+                        sizes.append(len(line))
+                        numbers.append(number)
+                    offset += len(line)
+        return self._places
+
+    def __len__(self) -> int:
+        return len(self._find()[0])
+
+    def __iter__(self) -> Iterator[Record | BadRow]:
+        with self._path.open("rb") as file:
+            for offset, size, number in zip(*self._find(), strict=True):
+                yield self._read(file, offset, size, number)
+
+    def part(self, start: int, stop: int) -> JsonlRows:
+        """The places of the rows; who reads them opens the file."""
+        offsets, sizes, numbers = self._find()
+        return JsonlRows(self._path, (offsets[start:stop], sizes[start:stop], numbers[start:stop]))
+
+    def _read(self, file: Any, offset: int, size: int, number: int) -> Record | BadRow:
+        origin = f"{self._path}:{number}"
+        if size > MAX_LINE_BYTES:
+            return BadRow(
+                origin, f"the line has {size} bytes, at most {MAX_LINE_BYTES} are read; shorten or remove it"
+            )
+        file.seek(offset)
+        # An error at the end of the line must not be placed on the next one.
+        raw = file.read(size).rstrip(b"\r\n")
+        # The byte order mark belongs to the file, not to its first record.
+        start = 3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
+        try:
+            return _as_row(origin, json.loads(raw[start:].decode("utf-8")))
+        except UnicodeDecodeError as error:
+            return BadRow(origin, utf8_reason(offset + start + error.start, raw[start + error.start]))
+        except json.JSONDecodeError as error:
+            reason = f"malformed JSON ({error.msg}); expected one JSON object a line; mend or remove it"
+            return BadRow(f"{origin}:{error.colno}", reason)
+        except (ValueError, RecursionError) as error:
+            return BadRow(origin, f"JSON that cannot be read ({error}); mend or remove the line")
+
+
+def utf8_reason(offset: int, byte: int) -> str:
+    """Where a file stops being UTF-8, and the remedy."""
+    return f"invalid UTF-8 at byte offset {offset} (0x{byte:02x}); convert the file to UTF-8, e.g. with iconv"
+
+
+def _as_row(origin: str, value: Any) -> Record | BadRow:
+    if isinstance(value, Mapping):
+        return Record(origin, value)
+    return BadRow(origin, f"found {type(value).__name__}, expected an object with named columns")
