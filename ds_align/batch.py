@@ -110,6 +110,15 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
+    def pin_memory(self) -> PackedBatch:
+        """The same batch with its tensors in pinned memory, from which a GPU reads while the CPU goes on."""
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **pinned)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenScores:
@@ -159,7 +168,7 @@ class GlobalBatch:
     kl: KTO's z0, a scalar, filled by the engine.
     coupled: what a loss that couples the preferences says of each, filled by the engine.
     router_load: float64 [E + 1], that of models.router over the global batch, filled by the engine.
-    rank_imbalance: tokens of the fullest rank over the mean.
+    rank_imbalance: cost of the fullest rank over the mean (see packing.CostModel).
     """
 
     step: int
@@ -179,6 +188,16 @@ class GlobalBatch:
     coupled: CoupledTerms | None = None
     router_load: torch.Tensor | None = None
     prepared: bool = False
+
+    def pin_memory(self) -> GlobalBatch:
+        """Itself, its tensors and those of its packs in pinned memory."""
+        for packs in (self.micro_batches, self.reference_batches, self.kl_batches):
+            packs[:] = [pack.pin_memory() for pack in packs]
+        self.kl_units = self.kl_units.pin_memory()
+        self.unit_lengths = self.unit_lengths.pin_memory()
+        if self.reference_logps is not None:
+            self.reference_logps = self.reference_logps.pin_memory()
+        return self
 
     @property
     def was_looked_at(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ds_align.batch import Layout, PackedBatch, Segment
-from ds_align.packing.plan import Group, PreferenceTable
+from ds_align.packing.table import Group, PreferenceTable
 
 
 class _Rows:
@@ -39,7 +39,7 @@ def build_batch(
 ) -> PackedBatch:
     """The tensors of one pack.
 
-    table, groups: from the plan; no groups: a dummy of one token that scores nothing. row_numbers: the data
+    table, groups: of the plan; no groups: a dummy of one token that scores nothing. row_numbers: the data
     set's row of each preference of the global batch.
     """
     rows = _Rows()
