@@ -27,6 +27,7 @@ _REFERENCES = {
     None: "none",
     "model": "ZeRO-Inference",
     "adapters_off": "the policy before its adapters' training",
+    "cache": "log-probs from the cache",
 }
 
 

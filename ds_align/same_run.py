@@ -13,6 +13,8 @@ from ds_align.errors import CheckpointError
 # Without influence on the weights.
 _FREE = frozenset(
     {
+        "dataset_cache_dir",
+        "dataset_num_proc",
         "debug",
         "dry_run",
         "eval_on_start",
@@ -23,6 +25,7 @@ _FREE = frozenset(
         "output_dir",
         "overwrite_output_dir",
         "per_device_eval_batch_size",
+        "ref_cache_dir",
         "resume",
         "run_name",
         "save_steps",
@@ -40,6 +43,7 @@ _ROUNDING = frozenset(
         "prefix_sharing",
         "ref_batch_tokens",
         "ref_ds_config",
+        "ref_logps",
     }
 )
 # Held by what came of them instead: the tokens, the number of steps, the global batch, the DeepSpeed values.

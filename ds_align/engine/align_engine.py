@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ds_align import distributed
 from ds_align.batch import GlobalBatch, Layout, PackedBatch, TokenScores
-from ds_align.config import METHODS, BaseConfig, resolved_precision
+from ds_align.batches import BatchPlanner
+from ds_align.config import METHODS, BaseConfig
 from ds_align.data import PreferenceDataset
+from ds_align.engine.cached_reference import CachedReference
 from ds_align.engine.init import init_distributed
+from ds_align.engine.load import Reference, load_models
 from ds_align.engine.look_ahead import LookAhead, gather
 from ds_align.engine.partitions import check_can_sync
 from ds_align.engine.policy import PolicyEngine, StepResult
-from ds_align.engine.reference import AdaptersOffReference, ReferenceEngine
+from ds_align.engine.scoring import score_units
 from ds_align.engine.setup import check_setup
-from ds_align.objective import ForwardOutput, Objective, sum_by_unit, token_places
-from ds_align.packing import PreferenceTable, build_batch, epoch_order, global_batch_rows, plan_step
-from ds_align.schedule import learning_rate_schedule
+from ds_align.objective import ForwardOutput, Objective, sum_by_unit
+from ds_align.packing import CostModel
 from ds_align.splits import DataSource, Splits, load_splits
-
-# Packs of this size keep the matrix products efficient; larger ones cost memory and gain little.
-_PACK_TOKENS = {"cpu": 2048, "cuda": 16384}
-# The reference keeps no activations, and its cost under offload is one gather a pass: larger packs.
-_REFERENCE_FACTOR = 8
 
 
 class AlignEngine:
@@ -52,7 +47,7 @@ class AlignEngine:
         tokenizer: object,
         splits: Splits,
         policy: PolicyEngine,
-        reference: ReferenceEngine | AdaptersOffReference | None,
+        reference: Reference | None,
         layout: Layout,
         messages: Sequence[str] = (),
     ) -> None:
@@ -67,6 +62,15 @@ class AlignEngine:
         self.reference = reference
         self.layout = layout
         self.messages = list(messages)
+        self.planner = BatchPlanner(
+            config,
+            layout,
+            world_size=distributed.world_size(),
+            rank=distributed.rank(),
+            device=device,
+            cost=CostModel.from_model(policy.module.model.config.get_text_config()),
+        )
+        self.messages += self.planner.messages(self.train_data)
         self.objective = Objective(self.spec, config)
         if self.objective.coupled and self.global_batch_size == 1:
             self.messages.append(
@@ -74,6 +78,9 @@ class AlignEngine:
             )
         self.world_size = distributed.world_size()
         self.reference_seconds = 0.0
+        if isinstance(reference, CachedReference):
+            self.planner.read_reference = reference.token_logps
+            self._note_cache()
         self._reference_memory: WeakKeyDictionary[PreferenceDataset, dict[int, torch.Tensor]] = (
             WeakKeyDictionary()
         )
@@ -98,26 +105,7 @@ class AlignEngine:
         splits = distributed.agree(lambda: load_splits(config, setup.tokenizer, train_dataset, eval_dataset))
         if config.sync_ref_model:
             distributed.agree(lambda: check_can_sync(setup))
-        dtype = resolved_precision(setup.ds_config)
-        policy = PolicyEngine.from_config(
-            config,
-            setup.ds_config,
-            setup.source,
-            layout=setup.layout,
-            dtype=dtype,
-            device=device,
-            schedule=learning_rate_schedule(config, num_steps(config, len(splits.train))),
-            adapters=setup.adapters,
-        )
-        reference = AdaptersOffReference(policy) if setup.reference_is_policy else None
-        if setup.reference_ds_config is not None:
-            reference = ReferenceEngine.from_config(
-                setup.reference_ds_config,
-                setup.reference_source,
-                layout=setup.layout,
-                dtype=dtype,
-                attn_implementation=config.attn_implementation,
-            )
+        policy, reference = load_models(config, setup, splits, device)
         return cls(
             config,
             device=device,
@@ -132,38 +120,30 @@ class AlignEngine:
     @property
     def global_batch_size(self) -> int:
         """Preferences an optimizer step, over all ranks."""
-        return global_batch_size(self.config)
+        return self.planner.global_batch_size
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the run."""
-        return num_steps(self.config, len(self.train_data))
+        return self.planner.num_steps(len(self.train_data))
 
     def batches(self, start: int = 0) -> Iterator[GlobalBatch]:
         """The run's global batches in order, this rank's part of each; every step of every epoch.
 
         start: the number of steps to leave out, for a run that goes on.
         """
-        steps_per_epoch = math.ceil(len(self.train_data) / self.global_batch_size)
-        for step in range(start, self.num_steps):
-            epoch, place = divmod(step, steps_per_epoch)
-            order = epoch_order(
-                len(self.train_data),
-                seed=self.config.seed,
-                epoch=epoch,
-                sampling=self.config.train_sampling_strategy,
-            )
-            rows = global_batch_rows(order, self.global_batch_size)[place]
-            yield self.lay_out(self.train_data, rows, step=step + 1, epoch=(step + 1) / steps_per_epoch)
+        return self.planner.batches(self.train_data, start)
 
     def evaluation_batches(self, data: PreferenceDataset) -> Iterator[GlobalBatch]:
         """A data set in file order, per_device_eval_batch_size preferences a rank at a time."""
-        size = self.config.per_device_eval_batch_size * self.world_size
-        order = epoch_order(len(data), seed=0, epoch=0, sampling="sequential")
+        if isinstance(self.reference, CachedReference):
+            self.reference.fill(data)
+            self._note_cache()
+            yield from self.planner.evaluation_batches(data)
+            return
         # The reference never changes: what it said of these rows is kept for the next evaluation.
         scored = self._reference_memory.setdefault(data, {})
-        for number, rows in enumerate(global_batch_rows(order, size)):
-            batch = self.lay_out(data, rows)
+        for number, batch in enumerate(self.planner.evaluation_batches(data)):
             batch.reference_logps = scored.get(number)
             yield batch
             if batch.reference_logps is not None:
@@ -173,55 +153,17 @@ class AlignEngine:
         self, data: PreferenceDataset, rows: Sequence[int], *, step: int = 0, epoch: float = 0.0
     ) -> GlobalBatch:
         """Plans one global batch and packs this rank's part. The same on every rank; no communication."""
-        table = PreferenceTable.from_preferences(
-            [data[int(row)] for row in rows],
-            kl_from_own=not self.objective.needs_reference,
-            with_kl=self.config.needs_reference_point,
-        )
-        pack_tokens = self.pack_tokens
-        plan = plan_step(
-            table,
-            world_size=self.world_size,
-            layout=self.layout,
-            pack_tokens=pack_tokens,
-            reference_tokens=self.reference_tokens,
-            needs_reference=self.objective.needs_reference,
-        )
-        rank = distributed.rank()
-
-        def build(packs: Sequence) -> list[PackedBatch]:
-            return [build_batch(table, pack, rows, self.layout) for pack in packs]
-
-        mine = [number for pack in plan.train[rank] for group in pack for number in group.preferences]
-        kl_units = [table.kl_units[number] for number in mine if table.kl_units[number] >= 0]
-        batch = GlobalBatch(
-            step=step,
-            epoch=epoch,
-            micro_batches=[],
-            reference_batches=build(plan.reference[rank]),
-            kl_batches=build(plan.kl[rank]),
-            kl_units=torch.tensor(kl_units, dtype=torch.long),
-            num_preferences=len(rows),
-            num_chosen_tokens=sum(len(table.completions[members[0]]) for members in table.members),
-            num_kl=sum(unit >= 0 for unit in table.kl_units),
-            unit_lengths=torch.tensor([len(ids) for ids in table.completions], dtype=torch.long),
-            rank_imbalance=plan.rank_imbalance,
-            num_oversized=plan.num_oversized,
-        )
-        batch.micro_batches = [replace(micro, owner=batch) for micro in build(plan.train[rank])]
-        return batch
+        return self.planner.lay_out(data, rows, step=step, epoch=epoch)
 
     @property
     def pack_tokens(self) -> int:
         """The most tokens of a training pack; a single larger preference still gets a pack of its own."""
-        chosen = self.config.pack_max_tokens
-        return _PACK_TOKENS[self.device.type] if chosen == "auto" else chosen
+        return self.planner.pack_tokens
 
     @property
     def reference_tokens(self) -> int:
         """The most tokens of a pack that is scored without gradient."""
-        chosen = self.config.ref_batch_tokens
-        return _REFERENCE_FACTOR * self.pack_tokens if chosen == "auto" else chosen
+        return self.planner.reference_tokens
 
     def prepare(self, batch: GlobalBatch, *, training: bool = True) -> None:
         """Scores what the losses of a whole global batch need.
@@ -239,25 +181,20 @@ class AlignEngine:
         batch.prepared = True
 
     def _score_reference(self, batch: GlobalBatch) -> None:
-        if self.reference is None or batch.reference_logps is not None:
-            return
-        started = time.perf_counter()
-        batch.reference_logps = self._score(batch, batch.reference_batches, self.reference.forward)
-        self.reference_seconds += time.perf_counter() - started
+        if batch.reference_logps is not None:
+            batch.reference_logps = batch.reference_logps.to(self.device, non_blocking=True)
+        elif self.reference is not None:
+            started = time.perf_counter()
+            batch.reference_logps = score_units(
+                batch.reference_batches, self.reference.forward, batch.unit_lengths, self.device
+            )
+            self.reference_seconds += time.perf_counter() - started
 
-    def _score(
-        self,
-        owner: GlobalBatch,
-        batches: Sequence[PackedBatch],
-        forward: Callable[[PackedBatch], torch.Tensor],
-    ) -> torch.Tensor:
-        """Token log-probs of unit after unit, float32; NaN for units of other ranks, so a mix-up shows."""
-        lengths = owner.unit_lengths.to(self.device)
-        found = torch.full((owner.num_tokens,), math.nan, device=self.device)
-        for batch in batches:
-            moved = batch.to(self.device)
-            found[token_places(moved, lengths)] = forward(moved)
-        return found
+    def _note_cache(self) -> None:
+        """Takes over what filling the cache took and said."""
+        self.reference_seconds += self.reference.seconds
+        self.messages += self.reference.messages
+        self.reference.seconds, self.reference.messages = 0.0, []
 
     def look_ahead(self, batches: Iterable[GlobalBatch], *, training: bool) -> LookAhead:
         """What the losses need of these global batches together, by one forward without gradient of each.
@@ -294,8 +231,9 @@ class AlignEngine:
             return total
         for batch in batches:
             self._score_reference(batch)
-            units, lengths = batch.kl_units.to(self.device), batch.unit_lengths.to(self.device)
-            gaps = self._score(batch, batch.kl_batches, forward).double()
+            units = batch.kl_units.to(self.device, non_blocking=True)
+            lengths = batch.unit_lengths.to(self.device, non_blocking=True)
+            gaps = score_units(batch.kl_batches, forward, batch.unit_lengths, self.device).double()
             if batch.reference_logps is not None:
                 gaps = gaps - batch.reference_logps
             total += sum_by_unit(gaps, lengths)[units].sum()
@@ -349,15 +287,3 @@ class AlignEngine:
         self.global_step = state["global_step"]
         self.num_skipped_steps = state["num_skipped_steps"]
         self.objective.load_state_dict(state["objective"])
-
-
-def global_batch_size(config: BaseConfig) -> int:
-    """per_device_train_batch_size x gradient_accumulation_steps x world size, in preferences."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * distributed.world_size()
-
-
-def num_steps(config: BaseConfig, num_rows: int) -> int:
-    """Optimizer steps of a run: max_steps, else the epochs' steps; an epoch's last batch may be partial."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * math.ceil(num_rows / global_batch_size(config)))

@@ -16,6 +16,7 @@ from ds_align.engine.init import partitioned_loading
 from ds_align.engine.policy import DTYPES, PolicyEngine
 from ds_align.models import ModelSource, PolicyModel
 from ds_align.models.adapters import reference_adapters
+from ds_align.models.quantized import quantize_linears
 
 
 class ReferenceEngine:
@@ -35,10 +36,22 @@ class ReferenceEngine:
         layout: Layout,
         dtype: str,
         attn_implementation: str,
+        bits: int | None = None,
     ) -> ReferenceEngine:
-        """Loads the model partitioned and wraps it. Collective: every rank must call this."""
+        """Loads the model partitioned and wraps it. bits: of the weights of its linear layers, None: dtype's.
+
+        Collective: every rank must call this.
+        """
         with partitioned_loading(ds_config):
             model = source.load(DTYPES[dtype])
+        if bits is not None:
+            quantize_linears(
+                model,
+                bits,
+                DTYPES[dtype],
+                whole=_whole,
+                adopt=lambda layer: deepspeed.zero.Init(module=layer, config_dict_or_path=ds_config),
+            )
         reference = PolicyModel(model, layout, attn_implementation)
         reference.eval()
         reference.requires_grad_(False)
@@ -69,6 +82,16 @@ class ReferenceEngine:
         token_logps, _ = self.engine(batch)
         return token_logps
 
+    def close(self) -> None:
+        """Gives the model's memory back; it cannot score any more."""
+        self.engine.destroy()
+        self.engine = None
+
+
+def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
+
 
 class AdaptersOffReference:
     """The policy's own model as it was at the start: its adapters off, or their kept start in their place."""
@@ -82,3 +105,6 @@ class AdaptersOffReference:
         """Token log-probs, float32 [num_scored]. Collective: every rank must call this."""
         with reference_adapters(self.policy.module.model):
             return self.policy.forward(batch, grad=False).logps
+
+    def close(self) -> None:
+        """Nothing to give back: the model is the policy's."""

@@ -168,10 +168,11 @@ def _plan_adapters(
             "sync_ref_model: the policy trains adapters, whose weights cannot be mixed into a reference; "
             "leave it out"
         )
-    if config.ref_ds_config is not None and config.ref_model_name is None:
+    names = changed(config, "ref_ds_config", "ref_load_in_8bit", "ref_load_in_4bit")
+    if names and config.ref_model_name is None:
         raise ConfigError(
-            "ref_ds_config without effect: the reference is the start of the adapters, not a second model; "
-            "leave it out, or name a ref_model_name"
+            f"{', '.join(names)} without effect: the reference is the start of the adapters, not a second "
+            "model; leave it out, or name a ref_model_name"
         )
     # Absolute, so that whoever loads the adapter later need not stand in this directory.
     base = str(Path(source.path).absolute()) if Path(source.path).is_dir() else source.path
