@@ -7,6 +7,7 @@ off from its prompt: a missing plan is an error.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,9 +51,20 @@ class AttentionPlan:
         self, segments: Sequence[Segment], device: torch.device, *, max_scores: int = 1 << 24
     ) -> None:
         self.segments = tuple(segments)
+        self.sizes = [stop - start for start, stop in (segment.query for segment in self.segments)]
+        self.key_places = [
+            [place for span in segment.keys for place in self._places(*span)] for segment in self.segments
+        ]
         self.max_scores = max_scores
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self._device = device
+
+    def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """A key range as (segment, first, end) of the segments that it lies in, counted within each."""
+        starts = [segment.query[0] for segment in self.segments]
+        for number in range(bisect_right(starts, start) - 1, bisect_left(starts, stop)):
+            first = starts[number]
+            yield number, max(start - first, 0), min(stop - first, self.sizes[number])
 
     def mask(self, num_queries: int, num_keys: int, window: int | None = None) -> torch.Tensor:
         """Causal, aligned bottom right: bool [num_queries, num_keys], True where a query sees a key.
@@ -105,11 +117,11 @@ def packed_attention(
     # Most architectures pass the window by keyword too; one that has it there alone would attend too far.
     assert kwargs.get("sliding_window") in (None, window), "the window of the mask is not that of the layer"
     variant = _Variant(window, softcap, scaling, dropout)
+    # Split once: the backward of a slice fills a tensor of the whole pack, that of a split none.
+    queries, keys, values = (states.split(plan.sizes, dim=2) for states in (query, key, value))
     pieces = []
-    for segment in plan.segments:
-        start, stop = segment.query
-        keys, values = _gather(key, segment.keys), _gather(value, segment.keys)
-        pieces += _attend_in_blocks(query[:, :, start:stop], keys, values, variant, plan)
+    for own, places in zip(queries, plan.key_places, strict=True):
+        pieces += _attend_in_blocks(own, _gather(keys, places), _gather(values, places), variant, plan)
     output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
     return output.transpose(1, 2), None
 
@@ -184,8 +196,8 @@ def _capped_attention(
     return (shares @ value.unsqueeze(2)).flatten(1, 2)
 
 
-def _gather(states: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    parts = [states[:, :, start:stop] for start, stop in ranges]
+def _gather(pieces: Sequence[torch.Tensor], places: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    parts = [pieces[held][:, :, start:stop] for held, start, stop in places]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -221,11 +233,11 @@ def unpackable_reason(config: object, max_length: int) -> str | None:
         return f"architecture {model_type!r} is not known to run packed"
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         return "its attention is not causal"
-    return _rope_reason(config, max_length)
+    return depends_on_other_rows(config, max_length)
 
 
-def _rope_reason(config: object, max_length: int) -> str | None:
-    """Frequencies that follow the longest row of a batch make a result depend on the rest of the batch."""
+def depends_on_other_rows(config: object, max_length: int) -> str | None:
+    """Why a row's log-probs depend on the rows beside it: frequencies that follow the longest; or None."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for rope in (parameters, *parameters.values()):
         kind = rope.get("rope_type", "") if isinstance(rope, dict) else ""
