@@ -141,8 +141,9 @@ class PolicyEngine:
 
     def _step_unpartitioned(self) -> torch.Tensor:
         """A step at ZeRO stage 0 in float32, where DeepSpeed reports no norm; returns the norm."""
-        # Not allreduce_gradients(): outside of step() it sees no accumulation boundary and reduces nothing.
-        self.engine.buffered_allreduce_fallback()
+        if self.world_size > 1:
+            # Not allreduce_gradients(): outside of step() it sees no accumulation boundary, reduces nothing.
+            self.engine.buffered_allreduce_fallback()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.engine.enable_backward_allreduce = False  # reduced above; step would do it again
