@@ -17,7 +17,10 @@ import torch
 
 from ds_align.kernels import backend, native
 
-DISTRIBUTIONS = ("torch", "triton", "deepspeed", "trl", "liger-kernel", "cut-cross-entropy")
+DISTRIBUTIONS = (
+    *("ds_align", "torch", "triton", "deepspeed", "transformers", "accelerate", "trl", "numpy"),
+    *("liger-kernel", "cut-cross-entropy"),
+)
 # What changes times without being an argument.
 ENVIRONMENT = (
     "OMP_NUM_THREADS",
