@@ -131,7 +131,16 @@ def forgiving(base: type) -> type:
                 if choice("DS_ALIGN_BUILD_EXT") == "1" or choice("DS_ALIGN_CUDA") == "1":
                     raise
                 warn_without(error)
+                self.remove_old()
                 self.extensions = []
+
+        def remove_old(self) -> None:
+            """What an earlier build left would be used, and packed, as if it were of these sources."""
+            inplace, self.inplace = self.inplace, False
+            built = [self.get_ext_fullpath(module.name) for module in self.extensions]
+            self.inplace = inplace
+            for path in [*built, *ROOT.glob("ds_align/_C*.so")]:
+                Path(path).unlink(missing_ok=True)
 
         def get_outputs(self) -> list[str]:
             return [path for path in super().get_outputs() if Path(path).exists()]
@@ -158,6 +167,8 @@ def optional_extension() -> dict[str, object]:
             raise SystemExit(
                 "DS_ALIGN_CUDA=1 with DS_ALIGN_BUILD_EXT=0; the CUDA part is part of the extension"
             )
+        for path in [*ROOT.glob("ds_align/_C*.so"), *ROOT.glob("build/lib*/ds_align/_C*.so")]:
+            path.unlink()
         return {}
     try:
         return extension()

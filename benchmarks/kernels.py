@@ -260,16 +260,46 @@ def table(results: list[Result], skipped: dict[str, str]) -> str:
     return "\n".join(lines + [f"not run: {name}: {reason}" for name, reason in skipped.items()])
 
 
+def number(least: int) -> Callable[[str], int]:
+    """The type of an argument that is at least so much."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}; expected {least} or more")
+        return value
+
+    return parse
+
+
+def check(arguments: argparse.Namespace) -> str | None:
+    """What cannot be done with the arguments, before anything is measured."""
+    try:
+        chosen = re.compile(arguments.only)
+    except re.error as error:
+        return f"--only {arguments.only!r} is no regular expression: {error}"
+    names = [f"ours, {impl}" for impl in ("native", "torch")] + [peer.name for peer in PEERS]
+    suffixes = ["", ": recompute", ": keep 1/20", ": keep logits", ": gather", ": gather, reuse"]
+    if not any(chosen.search(name + suffix) for name in names for suffix in suffixes):
+        return f"--only {arguments.only!r} leaves nobody; the names: {', '.join(names)}"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: this torch sees no CUDA device"
+    if arguments.json is not None and arguments.json != RESULTS and arguments.json.is_dir():
+        return f"--json {arguments.json}: a directory; expected a file"
+    return None
+
+
 def arguments_of(words: list[str]) -> argparse.Namespace:
     """The command line, with the device's own defaults."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--hidden", type=int)
-    parser.add_argument("--vocabulary", type=int, nargs="+")
+    parser.add_argument("--tokens", type=number(1))
+    parser.add_argument("--hidden", type=number(1))
+    # With one word every log-prob is 0, and so is every gradient that an error could be a share of.
+    parser.add_argument("--vocabulary", type=number(2), nargs="+")
     parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=number(1), default=5)
+    parser.add_argument("--threads", type=number(1), default=1)
     parser.add_argument("--only", default="", help="a regular expression on the contenders' names")
     parser.add_argument(
         "--json",
@@ -279,8 +309,9 @@ def arguments_of(words: list[str]) -> argparse.Namespace:
         help="a file; without one, results/kernels-<device>.json",
     )
     arguments = parser.parse_args(words)
-    if arguments.rounds < 1:
-        parser.error(f"--rounds {arguments.rounds}: expected 1 or more")
+    problem = check(arguments)
+    if problem is not None:
+        parser.error(problem)
     for name, value in DEFAULTS[arguments.device].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -10,14 +10,15 @@ DS_ALIGN_INLINE typename Lanes<Acc>::Vector mapped(const LogitMap<Acc>& map,
                                                    typename Lanes<Acc>::Vector bias) {
   raw = (raw + bias) * map.scale;
   if (map.softcap == 0) return raw;
-  return hyperbolic_tangent(raw * (1 / map.softcap)) * map.softcap;
+  return hyperbolic_tangent(raw / map.softcap) * map.softcap;
 }
 
 // dL/draw, from L.
 template <typename Value, typename Acc>
 DS_ALIGN_INLINE Value slope(const LogitMap<Acc>& map, Value logit) {
   if (map.softcap == 0) return Value{} + map.scale;
-  const Value ratio = logit * (1 / map.softcap);
+  // Divided: cap * (1 / cap) is not 1 for every cap, and a saturated logit has no slope.
+  const Value ratio = logit / map.softcap;
   return (1 - ratio * ratio) * map.scale;
 }
 

@@ -82,6 +82,8 @@ requirements_digest() {
     printf '%s\n' "$DS_ALIGN_ROOT"
     python -V
     printf '%s\n' "${DS_ALIGN_BUILD_EXT:-auto}" "${DS_ALIGN_CUDA:-auto}"
+    # A compiler that came later builds the extension at the next call.
+    command -v "${CXX:-c++}" g++ nvcc || true
     cat "$@" setup.py launch/setup_env.sh
     # The extension is built anew when its sources change.
     find csrc -type f ! -name '*.md' | LC_ALL=C sort | xargs cat
@@ -118,7 +120,9 @@ install_requirements() {
   printf '%s\n' "$digest" >"$stamp"
 }
 
+[[ $# -gt 0 ]] || die "usage: source launch/setup_env.sh requirements.txt [requirements-dev.txt]"
 cd "$DS_ALIGN_ROOT"
 activate_environment
 install_requirements "$@"
-say "log-prob kernels: $(python -W ignore -c "$NAME_KERNELS")"
+kernels="$(python -W ignore -c "$NAME_KERNELS")"
+say "log-prob kernels: $kernels"

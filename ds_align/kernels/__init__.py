@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native, operators
+from .checks import check_head, check_logits, checked_labels, has_own_places, refuse_forward_mode
 from .collision import linear_log_collision, log_collision, log_collision_of
 from .native import backend
 from .reference import LOGIT_SUM, WITH_LOGIT_SUM, WITH_SQUARES, accumulation_dtype
@@ -70,10 +71,11 @@ def linear_logprob(
 
     impl: "torch" takes plain PyTorch; "native" the compiled extension; "auto" the extension where it is
     there, has kernels for the device and dtype, and the environment does not say DS_ALIGN_KERNELS=torch.
-    Raises ValueError: shapes, dtypes or devices that do not fit, softcap not above 0, unknown impl, or, on
-    the CPU only, a label of V or more. On an accelerator that check would cost a synchronisation: such a
-    label yields NaN there.
+    Raises ValueError: shapes, dtypes or devices that do not fit, a softcap outside of 1e-30 to 1e30, a scale
+    that is not finite, unknown impl, or, on the CPU only, a label of V or more. On an accelerator that check
+    would cost a synchronisation: such a label yields NaN there.
     Raises RuntimeError: impl="native" where the extension is not there or has no kernels for this call.
+    Raises NotImplementedError in forward-mode differentiation (torch.func.jvp).
     """
     return linear_scores(
         hidden,
@@ -106,8 +108,9 @@ def linear_scores(
     with_derivative: for a frozen head that must not be read in the backward. Nothing is attached to the graph
     here; attach_gradient does so, outside of the module that owns the head.
     """
-    _check_head(hidden, weight, bias, softcap)
-    labels = _checked_labels("linear_logprob", labels, hidden)
+    check_head("linear_logprob", hidden, weight, bias, softcap=softcap, scale=scale)
+    refuse_forward_mode("linear_logprob", hidden, weight, bias)
+    labels = checked_labels("linear_logprob", labels, hidden)
     if logits_budget_mb < 0:
         raise ValueError(f"linear_logprob: logits_budget_mb={logits_budget_mb}; expected 0 or more")
     dtype = accumulation_dtype(hidden, weight)
@@ -141,6 +144,11 @@ def attach_gradient(hidden: Tensor, logprobs: Tensor, derivative: Tensor) -> Ten
     hidden [tokens, H]. Under ZeRO-3 the head is called without a graph, so that nothing gathers its weight
     again in the backward, and this is applied outside of it.
     """
+    if derivative.shape != hidden.shape or logprobs.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"attach_gradient: hidden {tuple(hidden.shape)}, logprobs {tuple(logprobs.shape)} and derivative "
+            f"{tuple(derivative.shape)} do not fit; expected [tokens, H], [tokens] and [tokens, H]"
+        )
     return operators.scale_back(hidden, logprobs, derivative)
 
 
@@ -155,55 +163,24 @@ def logprob_gather(
     gradient, in their dtype. Not differentiable twice. Zero tokens give an empty result that is attached to
     the graph.
 
-    reuse_logits: the backward writes the gradient over the logits, which saves a matrix; nobody else may read
-    them after it. An operation that kept them for its own backward makes torch raise a RuntimeError.
+    reuse_logits: the backward may write the gradient over the logits, which saves a matrix; nobody else may
+    read them after it. An operation that kept them for its own backward makes torch raise a RuntimeError.
     impl: as in linear_logprob.
-    Raises ValueError: shapes, dtypes or devices that do not fit, unknown impl, or, on the CPU only, a label
-    of V or more (NaN elsewhere).
+    Raises ValueError: shapes, dtypes or devices that do not fit, unknown impl, logits to be reused that are a
+    leaf, or, on the CPU only, a label of V or more (NaN elsewhere).
+    Raises NotImplementedError in forward-mode differentiation (torch.func.jvp).
     Raises RuntimeError: impl="native" where the extension is not there or has no kernels for this call.
     """
-    if logits.dim() != 2 or not logits.is_floating_point():
+    check_logits("logprob_gather", logits)
+    refuse_forward_mode("logprob_gather", logits)
+    labels = checked_labels("logprob_gather", labels, logits)
+    if reuse_logits and logits.is_leaf and logits.requires_grad:
         raise ValueError(
-            f"logprob_gather: logits is {logits.dtype} {tuple(logits.shape)}; expected floating [tokens, V], "
-            "flatten leading dimensions first"
+            "logprob_gather: reuse_logits=True would write the gradient over a leaf, whose values are the "
+            "caller's; leave it out, or give logits that were computed"
         )
-    labels = _checked_labels("logprob_gather", labels, logits)
     use_native = native.is_taken(impl, logits.device, accumulation_dtype(logits))
-    logprobs, _ = operators.gather_score(logits, labels, 0, reuse_logits, use_native)
+    # Where two logits share a place (an expanded tensor), one place cannot hold their gradients.
+    reuses = reuse_logits and has_own_places(logits)
+    logprobs, _ = operators.gather_score(logits, labels, 0, reuses, use_native)
     return logprobs
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_logprob: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; "
-            "expected [tokens, H] and [V, H]"
-        )
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(
-            f"linear_logprob: hidden is {hidden.dtype}, weight {weight.dtype}; expected floating dtypes"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(
-            f"linear_logprob: bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; "
-            f"expected floating ({weight.shape[0]},)"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"linear_logprob: {name} is on {tensor.device}; expected {hidden.device}, as hidden"
-            )
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"linear_logprob: softcap={softcap}; expected a number greater than 0, or None")
-
-
-def _checked_labels(where: str, labels: Tensor, beside: Tensor) -> Tensor:
-    """The labels as the kernels read them."""
-    num_tokens = beside.shape[0]
-    if labels.shape != (num_tokens,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"{where}: labels is {labels.dtype} {tuple(labels.shape)}; expected integers ({num_tokens},)"
-        )
-    if labels.device != beside.device:
-        raise ValueError(f"{where}: labels is on {labels.device}; expected {beside.device}")
-    return labels.to(torch.long).contiguous()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native, operators
+from .checks import check_head, check_logits
 from .reference import SQUARES, TOTAL, WITH_SQUARES, accumulation_dtype
 
 
@@ -31,9 +32,10 @@ def linear_log_collision(
     Arguments and dtypes as in linear_logprob; it costs one matrix product and no tensor above a tile. Where
     log-probs are wanted too, linear_scores gives both for one product.
     """
+    check_head("linear_log_collision", hidden, weight, bias, softcap=softcap, scale=scale)
     labels = torch.full(hidden.shape[:1], -1, dtype=torch.long, device=hidden.device)
     use_native = native.is_taken("auto", hidden.device, accumulation_dtype(hidden, weight))
-    scale, softcap = 1.0 if scale is None else scale, softcap or 0.0
+    scale, softcap = 1.0 if scale is None else scale, 0.0 if softcap is None else softcap
     _, state, _ = operators.linear_score(
         hidden, weight, bias, labels, scale, softcap, WITH_SQUARES, num_kept=0, use_native=use_native
     )
@@ -43,6 +45,7 @@ def linear_log_collision(
 @torch.no_grad()
 def log_collision(logits: Tensor) -> Tensor:
     """log sum_v softmax(logits)_v^2 of logits [tokens, V] that are already there, [tokens] nats, detached."""
+    check_logits("log_collision", logits)
     labels = torch.full(logits.shape[:1], -1, dtype=torch.long, device=logits.device)
     use_native = native.is_taken("auto", logits.device, accumulation_dtype(logits))
     _, state = operators.gather_score(logits, labels, WITH_SQUARES, reuse_logits=False, use_native=use_native)

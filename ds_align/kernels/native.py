@@ -24,6 +24,13 @@ TILE_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+# What this module calls; a binary that was built from other sources may have something else.
+OPERATORS = {
+    "tile_lse_": "tile_lse_(Tensor logits, Tensor labels, int first, Tensor(a!) state, Tensor? bias, "
+    "float scale, float softcap, Tensor(b!)? weights, int statistics) -> ()",
+    "tile_grad_": "tile_grad_(Tensor logits, Tensor labels, int first, Tensor state, Tensor? bias, "
+    "float scale, float softcap, Tensor grad, Tensor(a!) out) -> ()",
+}
 
 
 def _load() -> str | None:
@@ -33,13 +40,22 @@ def _load() -> str | None:
         return (
             "it was not built: pip install --no-build-isolation -e . builds it where there is a C++ compiler"
         )
+    reason = None
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         reason = f"{found[0].name} does not load: {error}"
+    else:
+        schemas = [torch._C._get_schema(f"ds_align::{name}", "") for name in OPERATORS if _is_there(name)]  # noqa: SLF001
+        if [str(schema).removeprefix("ds_align::") for schema in schemas] != [*OPERATORS.values()]:
+            reason = f"{found[0].name} is of another version of ds_align; build it again"
+    if reason is not None:
         warnings.warn(f"ds_align: the PyTorch kernels are used, {reason}", RuntimeWarning, stacklevel=2)
-        return reason
-    return None
+    return reason
+
+
+def _is_there(name: str) -> bool:
+    return hasattr(torch.ops.ds_align, name)
 
 
 WHY_ABSENT = _load()

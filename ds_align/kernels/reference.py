@@ -46,7 +46,7 @@ class LogitMap:
 
     def at(self, columns: slice, dtype: torch.dtype) -> LogitMap:
         """The map of some vocabulary entries, its bias in the accumulation dtype."""
-        return self if self.bias is None else replace(self, bias=self.bias[columns].to(dtype))
+        return self if self.bias is None else replace(self, bias=self.bias[columns].to(dtype).contiguous())
 
     def apply_(self, raw: Tensor) -> Tensor:
         """The logits, written over `raw`."""

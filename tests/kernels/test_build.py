@@ -87,3 +87,40 @@ def test_a_demanded_cuda_part_needs_a_cuda_torch(source: Path, tmp_path: Path) -
 def test_other_values_are_refused(source: Path, tmp_path: Path, name: str) -> None:
     ran = build(source, tmp_path, **{name: "yes"})
     assert ran.returncode != 0 and f"{name}='yes'; expected auto, 0 or 1" in ran.stderr
+
+
+@pytest.mark.parametrize("variables", [NO_COMPILER, {"DS_ALIGN_BUILD_EXT": "0"}], ids=["auto", "0"])
+def test_what_is_not_built_leaves_no_older_binary(
+    source: Path, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """An older one would be loaded, and packed, as if it were of these sources."""
+    old = source / "ds_align" / "_C.abi3.so"
+    old.write_bytes(b"of other sources")
+    ran = build(source, tmp_path, DS_ALIGN_CUDA="0", **variables)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert not old.exists()
+    assert binaries(tmp_path) == []
+    assert (WARNING in ran.stderr) is ("DS_ALIGN_BUILD_EXT" not in variables)
+
+
+def test_a_binary_of_other_sources_is_not_used(source: Path, tmp_path: Path) -> None:
+    """It loads, and has none of the operators that this version calls."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    package = shutil.copytree(source / "ds_align", tmp_path / "ds_align")
+    empty = tmp_path / "empty.cpp"
+    empty.write_text('extern "C" int nothing() { return 0; }\n')
+    target = package / "_C.abi3.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", str(target), str(empty)], check=True, timeout=60)
+    code = "import ds_align.kernels as k; print(k.backend(), k.native.WHY_ABSENT)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == "torch _C.abi3.so is of another version of ds_align; build it again"
+    assert "RuntimeWarning: ds_align: the PyTorch kernels are used" in ran.stderr
