@@ -282,8 +282,6 @@ def check(arguments: argparse.Namespace) -> str | None:
     suffixes = ["", ": recompute", ": keep 1/20", ": keep logits", ": gather", ": gather, reuse"]
     if not any(chosen.search(name + suffix) for name in names for suffix in suffixes):
         return f"--only {arguments.only!r} leaves nobody; the names: {', '.join(names)}"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: this torch sees no CUDA device"
     if arguments.json is not None and arguments.json != RESULTS and arguments.json.is_dir():
         return f"--json {arguments.json}: a directory; expected a file"
     return None
@@ -323,6 +321,8 @@ def arguments_of(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Measures each vocabulary and prints its table."""
     arguments = arguments_of(sys.argv[1:])
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: this torch sees no CUDA device")
     torch.set_num_threads(arguments.threads)
     about, runs, start = conditions(arguments.device), [], time.monotonic()
     for vocabulary in arguments.vocabulary:
