@@ -155,8 +155,9 @@ class ReferenceCache:
                 self.parts.append(_Part.open(self.directory / name))
             except (OSError, pa.ArrowException) as error:
                 self.damaged.append(f"{self.directory / name}: {' '.join(str(error).split())[:120]}")
-                # Not after an error of the system, such as too many open files: the file may be whole.
-                if not isinstance(error, OSError):
+                # Not after an error of the system, such as too many open files: the file may be whole. Arrow
+                # raises OSError too, without a number.
+                if getattr(error, "errno", None) is None:
                     self._torn.append(self.directory / name)
         self._index = _Index.of(self.parts)
 

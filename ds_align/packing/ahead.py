@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 THREAD_NAME = "ds_align-ahead"
+_running: dict[threading.Thread, _Shelf] = {}
 
 
 class _Shelf(Generic[Item]):
@@ -71,6 +73,7 @@ def make_ahead(
     shelf: _Shelf[Item] = _Shelf(depth)
     # A daemon: an iterator that is never dropped must not keep the process from ending.
     thread = threading.Thread(target=_make, args=(items, shelf, prepare), name=THREAD_NAME, daemon=True)
+    _running[thread] = shelf
     thread.start()
     try:
         yield from shelf.take()
@@ -79,6 +82,18 @@ def make_ahead(
         # The collector may run on any thread, so also on that one.
         if thread is not threading.current_thread():
             thread.join()
+        _running.pop(thread, None)
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Ends what iterators that were never dropped left running.
+
+    Python kills a daemon that is inside of torch at that moment, and C++ then aborts the process.
+    """
+    for thread, shelf in list(_running.items()):
+        shelf.close()
+        thread.join()
 
 
 def _make(items: Iterable[Item], shelf: _Shelf[Item], prepare: Callable[[], None] | None) -> None:

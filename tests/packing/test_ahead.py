@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -178,3 +180,21 @@ def test_making_and_using_run_at_the_same_time() -> None:
         waited += time.perf_counter() - started
     # In turn it would be 7 * 0.05 s.
     assert waited < 0.15
+
+
+def test_a_process_ends_in_peace_while_items_are_made() -> None:
+    """The iterator is kept to the end of the program, its thread inside of torch all the time."""
+    code = """
+import torch
+from ds_align.packing import make_ahead
+
+def items():
+    while True:
+        yield torch.randn(200, 200) @ torch.randn(200, 200)
+
+kept = make_ahead(items(), depth=10**6)
+next(kept)
+"""
+    for _ in range(3):
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (ran.returncode, ran.stderr) == (0, "")
