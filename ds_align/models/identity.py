@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING
 from ds_align.errors import ConfigError
 from ds_align.file_digests import FileDigests
 from ds_align.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ds_align.models.load import ModelSource
+from ds_align.models.load import ModelSource, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def model_digest(source: ModelSource, digests: FileDigests) -> str:
@@ -28,7 +25,7 @@ def model_digest(source: ModelSource, digests: FileDigests) -> str:
     Raises ConfigError where the files cannot be read.
     """
     directory = Path(source.path) if Path(source.path).is_dir() else _download(source)
-    files = [directory / "config.json", *_weight_files(directory)]
+    files = [directory / "config.json", *weight_files(directory)]
     if source.trust_remote_code:
         files += directory.glob("*.py")
     return _digest_all(files, source.label, digests)
@@ -47,24 +44,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that transformers would read: safetensors first, in one piece first."""
-    for whole, index in zip(_WHOLE, _INDEXES, strict=True):
-        if (directory / whole).is_file():
-            return [directory / whole]
-        if (directory / index).is_file():
-            listed = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"]
-            return [directory / name for name in sorted(set(listed.values()))]
-    return []
-
-
 def _download(source: ModelSource) -> Path:
     """The directory of a Hub model on this machine, as from_pretrained would find it."""
     from huggingface_hub import snapshot_download
 
     try:
         directory = Path(snapshot_download(source.path, allow_patterns=["*.json", "*.safetensors", "*.py"]))
-        if not _weight_files(directory):
+        if not weight_files(directory):
             directory = Path(snapshot_download(source.path, allow_patterns=["*.json", "*.bin", "*.py"]))
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -123,18 +123,26 @@ def _check_directory(directory: Path, label: str) -> None:
         )
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{label}: no config.json; give a directory written by save_pretrained")
-    present = [name for name in _WEIGHT_FILES if (directory / name).is_file()]
-    if not present:
+    files = weight_files(directory)
+    if not files:
         raise ConfigError(
             f"{label}: config.json is there but no weights; "
             f"expected one of {', '.join(_WEIGHT_FILES)}; copy the weights into the directory"
         )
-    files = [directory / present[0]]
-    if present[0].endswith(".index.json"):
-        files = _shards(directory / present[0])
     for file in files:
         if file.suffix == ".safetensors":
             _check_safetensors(file)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers reads: safetensors first, in one piece first; none where there are none.
+
+    Raises ConfigError for an index that cannot be read or names shards that are not there.
+    """
+    first = next((path for name in _WEIGHT_FILES if (path := directory / name).is_file()), None)
+    if first is None:
+        return []
+    return _shards(first) if first.name.endswith(".index.json") else [first]
 
 
 def _shards(index: Path) -> list[Path]:
