@@ -247,7 +247,8 @@ class CachedReference:
         scores = score_units(batches, scorer.forward, lengths, self.device).cpu().numpy()
         ends = np.cumsum([0, *lengths.tolist()])
         scored = [unit for pack in mine for group in pack for unit in group.units]
-        rows = [(_key(table, unit), scores[ends[unit] : ends[unit + 1]]) for unit in scored]
+        # Copies: a view would keep the tokens of all ranks until the rows are written.
+        rows = [(_key(table, unit), scores[ends[unit] : ends[unit + 1]].copy()) for unit in scored]
         distributed.agree(lambda: _check_finite(rows))
         distributed.agree(lambda: writer.add(rows, [_key(table, unit) for unit in units]))
         return sum(group.num_tokens for packs in plan for pack in packs for group in pack)
