@@ -11,14 +11,16 @@ from ds_align.batch import Segment
 from ds_align.models import attention
 from ds_align.models.attention import AttentionPlan, packed_attention
 
-# A prompt of 9 tokens with completions of 4, 6 and 1, then a lone sequence of 13: 33 tokens.
+# A prompt of 9 tokens with completions of 4, 6 and 1, a lone sequence of 13, then one of 3 behind tokens that
+# begin and end inside of other segments: 36 tokens.
 SEGMENTS = (
     Segment((0, 13), ((0, 13),)),
     Segment((13, 19), ((0, 9), (13, 19))),
     Segment((19, 20), ((0, 9), (19, 20))),
     Segment((20, 33), ((20, 33),)),
+    Segment((33, 36), ((4, 15), (33, 36))),
 )
-TOKENS, HEADS, KV_HEADS, HEAD_DIM = 33, 4, 2, 6
+TOKENS, HEADS, KV_HEADS, HEAD_DIM = 36, 4, 2, 6
 VARIANTS = [(None, None), (3, None), (1, None), (12, None), (None, 0.7), (3, 0.7), (40, 0.7)]
 
 
