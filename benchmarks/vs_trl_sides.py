@@ -45,7 +45,7 @@ def run_ours(case: Case, model: Path, rows: list[dict], output: Path) -> dict:
     trainer = Trainer(METHODS[case.method].config(**settings))
     engine = trainer.setup(rows)
     packs = packs_of(engine, scores_reference=case.reference == "live")
-    meter = Meter(DEVICE)
+    meter = Meter(DEVICE, profiled=case.warm_up)
     update = engine.step
 
     def step() -> object:
@@ -71,7 +71,7 @@ def run_trl(case: Case, model: Path, rows: list[dict], output: Path, micro_batch
 
     kinds = {"dpo": (DPOConfig, DPOTrainer), "kto": (KTOConfig, KTOTrainer)}
     config_class, trainer_class = kinds.get(case.method, (CPOConfig, CPOTrainer))
-    meter = Meter(DEVICE)
+    meter = Meter(DEVICE, profiled=case.warm_up)
 
     class Marks(TrainerCallback):
         """Reads the clocks where run_ours does: after the optimizer's step, before the logging."""

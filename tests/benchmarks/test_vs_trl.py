@@ -92,6 +92,24 @@ def test_the_meter_leaves_the_warm_up_out():
     assert (result["steps"], result["wall_s"], result["cpu_s"], result["first_step_s"]) == (2, 3.0, 1.5, 3.0)
 
 
+def test_live_tensors_are_told_without_the_holes_of_malloc():
+    import torch
+
+    meter = Meter("cpu", profiled=1)
+    meter.loaded()
+    kept = torch.zeros(2**20)  # 4 MiB; after loaded(), before the step that is watched
+    meter.marks.clear()
+    meter.mark()  # a step of warm-up ends
+    meter.mark()  # the watch begins
+    for _ in range(3):
+        first, second = torch.zeros(2**20), torch.zeros(2**21)  # 4 and 8 MiB at once
+        del first, second
+    kept.grad = torch.zeros(2**20)  # 4 MiB that stay
+    meter.mark()
+    # 4 there before, then 4 + 8 at once; the gradient came when those were gone.
+    assert meter.result(1)["live_growth_mb"] == pytest.approx(4 + 4 + 8, abs=0.1)
+
+
 def test_padded_rows_count_whole():
     import torch
 
