@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,18 @@ def resolve_policy_config(
 
 
 def derive_reference_config(
-    config: BaseConfig, policy_config: Mapping[str, Any], *, hidden_size: int, device: str
+    config: BaseConfig,
+    policy_config: Mapping[str, Any],
+    *,
+    hidden_size: int,
+    device: str,
+    largest_partition: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
     """Return the reference's DeepSpeed JSON: ZeRO stage 3 without an optimizer, parameters off the device.
 
     It comes from config.ref_ds_config, or the shipped zero_inference; precision and batch size are those
-    of `policy_config`, which must be resolved. Raises ConfigError like resolve_policy_config.
+    of `policy_config`, which must be resolved. largest_partition: elements of a rank's part of the largest
+    weight, for the buffers of NVMe; asked for only there. Raises ConfigError like resolve_policy_config.
     """
     source, values = read_ds_config(config.ref_ds_config or DEFAULT_REFERENCE, setting="ref_ds_config")
     draft = _Draft(source, values)
@@ -133,6 +139,9 @@ def derive_reference_config(
     _settle_zero(draft, hidden_size, device)
     _settle_reporting(draft)
     _check_nvme(draft)
+    offload = values["zero_optimization"].get("offload_param") or {}
+    if largest_partition is not None and offload.get("buffer_size") == AUTO:
+        offload["buffer_size"] = largest_partition()
     _check_no_auto(draft)
     draft.raise_problems()
     return values

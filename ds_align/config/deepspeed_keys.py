@@ -40,7 +40,6 @@ TOP_LEVEL_KEYS: frozenset[str] = frozenset(
         "vocabulary_size",
         "wall_clock_breakdown",
         "wandb",
-        "weight_quantization",
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
         "zero_optimization",
@@ -58,6 +57,8 @@ REFUSED_KEYS: dict[str, str] = {
     "tensor_parallel": "not supported together with packed micro-batches; leave it out",
     "expert_parallel": "not supported together with packed micro-batches; leave it out",
     "sequence_parallel_size": "not supported together with packed micro-batches; leave it out",
+    "weight_quantization": "the weights no longer fit the model's shapes here; leave it out, and give "
+    "--ref_load_in_8bit or --ref_load_in_4bit to hold the reference in few bits",
     "data_efficiency": "the packer owns the data's order; leave it out",
     "dataloader_drop_last": "the packer owns the data and drops nothing; leave it out",
     **dict.fromkeys(
@@ -161,5 +162,8 @@ SECTION_KEYS: dict[tuple[str, ...], frozenset[str]] = {
         ]
     ),
     ("optimizer",): frozenset(("type", "params")),
+    ("aio",): frozenset(
+        ["block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds"]
+    ),
     ("data_types",): frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")),
 }

@@ -43,11 +43,6 @@ def _check_can_be_mixed(reference_ds_config: dict) -> None:
             "sync_ref_model: the reference's weights are on NVMe and cannot be mixed there; "
             "use ref_ds_config=zero_inference"
         )
-    if "weight_quantization" in reference_ds_config:
-        raise ConfigError(
-            "sync_ref_model: the reference is quantised (weight_quantization in ref_ds_config), so that a "
-            "mixture would be rounded at every move; leave the quantisation out"
-        )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from ds_align import distributed
 from ds_align.batch import Layout, PackedBatch, TokenScores
 from ds_align.config import BaseConfig
 from ds_align.engine.init import partitioned_loading
+from ds_align.engine.nvme import OwnDirectories
 from ds_align.models import AdapterPlan, ModelSource, PolicyModel
 from ds_align.models.adapters import attach
 
@@ -47,11 +48,14 @@ class PolicyEngine:
         zero_stage: int,
         device: torch.device,
         adapter_settings: LoraConfig | None = None,
+        *,
+        directories: OwnDirectories,
     ) -> None:
         self.engine = engine
         self.zero_stage = zero_stage
         self.device = device
         self.adapter_settings = adapter_settings
+        self.directories = directories
         self.world_size = distributed.world_size()
 
     @classmethod
@@ -71,6 +75,8 @@ class PolicyEngine:
 
         Collective: every rank must call this. schedule: step (from 0) to a factor of the learning rate.
         """
+        directories = OwnDirectories(ds_config)
+        ds_config = directories.ds_config
         with partitioned_loading(ds_config):
             model = source.load(DTYPES[dtype])
         if adapters is not None:
@@ -93,7 +99,8 @@ class PolicyEngine:
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
         )
         settings = None if adapters is None else adapters.settings
-        return cls(engine, ds_config["zero_optimization"]["stage"], device, settings)
+        stage = ds_config["zero_optimization"]["stage"]
+        return cls(engine, stage, device, settings, directories=directories)
 
     @property
     def module(self) -> PolicyModel:

@@ -13,6 +13,7 @@ import torch
 from ds_align.batch import Layout, PackedBatch
 from ds_align.engine import partitions
 from ds_align.engine.init import partitioned_loading
+from ds_align.engine.nvme import OwnDirectories, forget, free_buffers
 from ds_align.engine.policy import DTYPES, PolicyEngine
 from ds_align.models import ModelSource, PolicyModel
 from ds_align.models.adapters import reference_adapters
@@ -24,8 +25,9 @@ class ReferenceEngine:
 
     kind: ClassVar[str] = "model"
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, directories: OwnDirectories) -> None:
         self.engine = engine
+        self.directories = directories
 
     @classmethod
     def from_config(
@@ -42,6 +44,8 @@ class ReferenceEngine:
 
         Collective: every rank must call this.
         """
+        directories = OwnDirectories(ds_config)
+        ds_config = directories.ds_config
         with partitioned_loading(ds_config):
             model = source.load(DTYPES[dtype])
         if bits is not None:
@@ -49,15 +53,18 @@ class ReferenceEngine:
                 model,
                 bits,
                 DTYPES[dtype],
-                whole=_whole,
-                adopt=lambda layer: deepspeed.zero.Init(module=layer, config_dict_or_path=ds_config),
+                whole=_taken,
+                # A swapper of its own would empty the directory of the model's and lock memory again.
+                adopt=lambda layer: deepspeed.zero.Init(
+                    module=layer, config_dict_or_path=ds_config, param_swapper=_swapper(model)
+                ),
             )
         reference = PolicyModel(model, layout, attn_implementation)
         reference.eval()
         reference.requires_grad_(False)
         engine, *_ = deepspeed.initialize(model=reference, config=ds_config)
         engine.eval()
-        return cls(engine)
+        return cls(engine, directories)
 
     @property
     def module(self) -> PolicyModel:
@@ -84,13 +91,26 @@ class ReferenceEngine:
 
     def close(self) -> None:
         """Gives the model's memory back; it cannot score any more."""
+        swapper = _swapper(self.module)
         self.engine.destroy()
         self.engine = None
+        if swapper is not None:
+            free_buffers(swapper)
+        self.directories.remove()
 
 
-def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
+def _swapper(model: torch.nn.Module) -> object | None:
+    """What moves a model's weights from and to NVMe; None where they are elsewhere."""
+    return next(model.parameters()).nvme_swapper
+
+
+def _taken(weight: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of a whole weight, which itself is not used any more."""
     with deepspeed.zero.GatheredParameters([weight]):
-        return weight.detach().clone()
+        copy = weight.detach().clone()
+    if weight.nvme_swapper is not None:
+        forget(weight.nvme_swapper, weight)
+    return copy
 
 
 class AdaptersOffReference:

@@ -18,6 +18,7 @@ from ds_align.config import (
 )
 from ds_align.config.schema import changed
 from ds_align.engine.init import check_ds_config, check_precision
+from ds_align.engine.nvme import check_nvme, largest_partition
 from ds_align.errors import ConfigError
 from ds_align.models import (
     AdapterDirectory,
@@ -67,14 +68,14 @@ def check_setup(config: BaseConfig, device: torch.device) -> Setup:
             ds_config,
             hidden_size=reference_source.config.get_text_config().hidden_size,
             device=device.type,
+            largest_partition=lambda: largest_partition(reference_source),
         )
-    check_ds_config(ds_config, config.ds_config, "ds_config")
-    check_precision(resolved_precision(ds_config))
+    messages = _check_with_deepspeed(config, ds_config, source)
     if reference_ds_config is not None:
-        check_ds_config(reference_ds_config, config.ref_ds_config, "ref_ds_config")
+        messages += _check_with_deepspeed(config, reference_ds_config, reference_source, "ref_ds_config")
     _check_experts(config, source)
     layout, message = _common_layout(config, source, reference_source)
-    messages = [message] if message else []
+    messages += [message] if message else []
     if adapters is not None and adapters.wraps_head:
         messages.append(
             "the LM head has an adapter: log-probs are made from whole logits, which take far more memory; "
@@ -91,6 +92,14 @@ def check_setup(config: BaseConfig, device: torch.device) -> Setup:
         adapters,
         reference_is_policy,
     )
+
+
+def _check_with_deepspeed(
+    config: BaseConfig, ds_config: dict, source: ModelSource, setting: str = "ds_config"
+) -> list[str]:
+    check_ds_config(ds_config, getattr(config, setting), setting)
+    check_precision(resolved_precision(ds_config))
+    return check_nvme(ds_config, setting, source)
 
 
 def _check_experts(config: BaseConfig, source: ModelSource) -> None:

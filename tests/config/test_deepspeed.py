@@ -90,8 +90,11 @@ def test_the_nvme_reference_resolves_where_its_directory_exists(tmp_path: Path) 
     _, given = read_ds_config("zero_inference_nvme")
     given["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path)
     config = DPOConfig(ref_ds_config=given)
-    values = derive_reference_config(config, resolve(), hidden_size=64, device="cpu")
+    values = derive_reference_config(
+        config, resolve(), hidden_size=64, device="cpu", largest_partition=lambda: 8192
+    )
     assert '"auto"' not in json.dumps(values)
+    assert values["zero_optimization"]["offload_param"]["buffer_size"] == 8192
     given["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path / "absent")
     with pytest.raises(ConfigError, match="absent' is no directory that can be written"):
         derive_reference_config(DPOConfig(ref_ds_config=given), resolve(), hidden_size=64, device="cpu")
@@ -103,6 +106,11 @@ def test_the_nvme_reference_resolves_where_its_directory_exists(tmp_path: Path) 
         ({"optimizer": {"type": "AdamW"}}, "optimizer: the reference is never trained"),
         ({"bf16": {"enabled": True}}, "bf16.enabled=true is not the policy's precision"),
         ({"zero_optimization": {"stage": 2}}, "the reference needs stage 3"),
+        (
+            {"weight_quantization": {"quantized_initialization": {"num_bits": 8, "group_size": 64}}},
+            "leave it out, and give --ref_load_in_8bit or --ref_load_in_4bit",
+        ),
+        ({"aio": {"blocksize": 1}}, "unknown key aio.blocksize; did you mean block_size?"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "has no optimizer"),
     ],
 )
