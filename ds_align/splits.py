@@ -63,7 +63,9 @@ def load_splits(
     elif config.eval_fraction > 0:
         train, evaluation = _hold_out(train, config)
         eval_set = "held_out"
-    messages = [message for data in (train, evaluation) if data is not None for message in data.notes]
+    read = [data for data in (train, evaluation) if data is not None]
+    messages = [f"{config.method}: {data.summary}" for data in read]
+    messages += [message for data in read for message in data.notes]
     if config.eval_fraction > 0 and eval_set != "held_out":
         messages.append(
             f"eval_fraction={config.eval_fraction} holds nothing out: there is evaluation data ({eval_set})"

@@ -24,6 +24,7 @@ from ds_align.config import METHODS
 from ds_align.errors import DsAlignError
 from ds_align.trainer import Trainer
 from tests.distributed import tiny
+from tests.flags_rows import write_rows
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24}
 NUM_ROWS = 12
@@ -82,6 +83,7 @@ def write_data(work: Path) -> None:
         tiny.write_jsonl(work / f"renamed_{field}.jsonl", [rename(row, field) for row in singles])
     chats = [{name: as_messages(name, text) for name, text in row.items()} for row in pairs]
     tiny.write_jsonl(work / "chats.jsonl", chats)
+    write_rows(work, pairs, chats)
     ranked = [row | {"prompt": pairs[number % 3]["prompt"]} for number, row in enumerate(pairs)]
     tiny.write_jsonl(work / "ranked.jsonl", ranked)
     # More rows than one process takes at a time.

@@ -15,6 +15,7 @@ from tests.flags_checkpoints import CHECKPOINTS
 from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect, Refused
 from tests.flags_methods import OWN, SYNC
 from tests.flags_reference import CACHED
+from tests.flags_rows import ROWS
 
 
 def longest(part: slice) -> Callable[[dict], int]:
@@ -380,7 +381,9 @@ SYSTEM = {
 }
 
 
-SHARED_FIELDS = MODEL | ADAPTERS | SYNC | CACHED | DATA | BATCH | OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
+SHARED_FIELDS = (
+    MODEL | ADAPTERS | SYNC | CACHED | DATA | ROWS | BATCH | OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
+)
 
 
 def every_entry() -> list[tuple[str, Effect | Refused]]:

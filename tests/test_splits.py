@@ -122,3 +122,19 @@ def test_selected_rows_have_the_lengths_of_their_tokens() -> None:
     for data in (splits.train, splits.evaluation):
         lengths = [(len(row.chosen_ids), len(row.rejected_ids)) for row in data]
         assert np.array_equal(data.completion_lengths, lengths)
+
+
+def test_what_became_of_the_rows_is_said_first_with_the_method() -> None:
+    rows = [*records(4), {"prompt_ids": [9], "chosen_ids": [1], "rejected_ids": [1]}]
+    columns = "(prompt_ids, chosen_ids, rejected_ids)"
+    splits = load_splits(KTOConfig(), None, rows, records(2))
+    became = "24 labelled answers, 1 with equal answers left out"
+    assert splits.messages[:2] == (
+        f"kto: records (train): 13 pairs of token ids {columns} -> {became}",
+        f"kto: records: 6 pairs of token ids {columns} -> 12 labelled answers",
+    )
+    # Rows that are held out come from the same data, which are described once.
+    held = load_splits(DPOConfig(eval_fraction=0.5), None, rows)
+    assert [message for message in held.messages if columns in message] == [
+        f"dpo: records (train): 13 pairs of token ids {columns} -> 12 pairs, 1 with equal answers left out"
+    ]

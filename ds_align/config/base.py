@@ -19,6 +19,7 @@ from ds_align.config.fields import (
     SystemFields,
 )
 from ds_align.config.reference import ReferenceFields
+from ds_align.config.rows import RowFields
 from ds_align.config.schema import Problem, changed, nearest, rule
 
 _REFERENCE_SETTINGS = (
@@ -30,6 +31,8 @@ _REFERENCE_SETTINGS = (
     "ref_load_in_4bit",
     "sync_ref_model",
 )
+# What is kept of a prompt, and the side that is cut for it.
+_TRUNCATION_MODES = {"keep_end": "left", "keep_start": "right"}
 
 
 class BaseConfig(
@@ -40,6 +43,7 @@ class BaseConfig(
     AdapterFields,
     OptimisationFields,
     BatchFields,
+    RowFields,
     DataFields,
     ModelFields,
 ):
@@ -65,6 +69,7 @@ class BaseConfig(
         "bf16": "dtype",
         "fp16": "dtype",
         "resume_from_checkpoint": "resume",
+        "truncation_mode": "truncation_side",
     }
 
     @property
@@ -181,6 +186,8 @@ class BaseConfig(
             )
             problems.append(Problem(("method",), message))
         problems += merge_precision(rest)
+        for key in rest.keys() & {"truncation_side", "truncation_mode"}:
+            rest[key] = _TRUNCATION_MODES.get(str(rest[key]), rest[key])
         by_field, spelled, more = super().normalise(rest)
         if "dtype" not in values:
             given = next((key for key in ("torch_dtype", "bf16", "fp16") if key in values), "dtype")

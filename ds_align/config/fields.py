@@ -102,8 +102,12 @@ class DataFields(Schema):
     max_completion_length: Count | None = Field(
         None, description="Most tokens of the completion; none: no own limit."
     )
-    truncation_side: Literal["left", "right"] = Field(
-        "left", description="The side on which a prompt that is too long is cut."
+    truncation_side: Annotated[Literal["left", "right"], Expects("left (keep_end) or right (keep_start)")] = (
+        Field(
+            "left",
+            description="The side on which a prompt that is too long is cut. Alias: --truncation_mode, also "
+            "with keep_end (left) and keep_start (right).",
+        )
     )
     on_bad_rows: Literal["error", "skip"] = Field(
         "error", description="error: stop at rows that cannot be read; skip: leave them out and count them."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from ds_align import distributed
 from ds_align.data.chunks import ChunkSettings, EncodedChunk
 from ds_align.data.parallel import CannotShareError, EncodingProcesses, encode_here, num_processes
+from ds_align.data.ranked import PairFields, PairRules
 from ds_align.data.readers import CHUNK_ROWS, RecordSet, open_records, origin_prefix
 from ds_align.data.schemas import ColumnFields, Columns, Layout, recognise_layout
 from ds_align.data.spool import Spool
@@ -25,11 +26,18 @@ if TYPE_CHECKING:
 
     from ds_align.data.readers import Source
 
+# What gives no preference, as messages say it.
+LEFT_OUT = {
+    "ranked_ties": "ties",
+    "ranked_below_gap": "nearer than ranked_min_gap",
+    "dropped_low_margin": "below min_score_margin",
+    "ranked_undecided": "answers that win as often as they lose",
+}
 # What takes less says nothing.
 _QUIET_SECONDS = 3.0
 
 
-class DataFields(ColumnFields, LengthFields, Protocol):
+class DataFields(ColumnFields, LengthFields, PairFields, Protocol):
     """What this room reads from a config."""
 
     on_bad_rows: Literal["error", "skip"]
@@ -54,6 +62,7 @@ class Job:
 class Tokenized:
     """Tables of a source, what was counted, and the first bad rows as (place in the source, reason).
 
+    forms: what the rows were read as, in words, and how many as each.
     num_processes: how many tokenized; 0: read from `directory`, an entry of the cache. remarks: what the user
     should know of the way, which says nothing of the data.
     """
@@ -64,6 +73,7 @@ class Tokenized:
     num_processes: int = 0
     directory: Path | None = None
     remarks: tuple[str, ...] = ()
+    forms: dict[str, int] = field(default_factory=dict)
 
 
 def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = None) -> Tokenized:
@@ -81,6 +91,7 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
         job.inputs,
         columns,
         Limits.from_config(job.config),
+        PairRules.from_config(job.config),
     )
     number = num_processes(job.config.dataset_num_proc, records.num_rows, sharing_ranks=max(1, sharing_ranks))
     with Spool(job.inputs, settings.limits.max_length, directory) as spool:
@@ -95,7 +106,7 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
     }
     prefix = origin_prefix(job.source)
     shown = [(row.origin.removeprefix(prefix), row.reason) for row in spool.shown_bad]
-    return Tokenized(tables, counts, shown, number, remarks=remarks)
+    return Tokenized(tables, counts, shown, number, remarks=remarks, forms=dict(spool.forms))
 
 
 def _fill(
@@ -154,10 +165,14 @@ def _judge_bad_rows(spool: Spool, records: RecordSet, config: DataFields) -> Non
     if spool.num_bad:
         _judge_their_number(spool, records, config)
     if not spool.num_preferences:
+        parts = [
+            f"{spool.num_bad} bad",
+            f"{spool.counts['dropped_equal_pairs']} with chosen equal to rejected",
+        ]
+        parts += [f"{spool.counts[name]} {words}" for name, words in LEFT_OUT.items() if spool.counts[name]]
         raise DataError(
-            f"{records.name}: no preference is left of {records.num_rows} rows ({spool.num_bad} bad, "
-            f"{spool.counts['dropped_equal_pairs']} with chosen equal to rejected); give rows that can be "
-            "used"
+            f"{records.name}: no preference is left of {records.num_rows} rows ({', '.join(parts)}); give "
+            "rows that can be used"
         )
 
 

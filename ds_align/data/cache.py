@@ -107,7 +107,9 @@ class TokenCache:
             if entry is not None:
                 facts = entry.facts
                 shown = [(place, reason) for place, reason in facts["shown_bad"]]
-                return Tokenized(entry.tables, facts["counts"], shown, directory=directory)
+                return Tokenized(
+                    entry.tables, facts["counts"], shown, directory=directory, forms=facts["forms"]
+                )
             try:
                 return _with_remarks(self._make(job, directory, digest), remarks)
             except DsAlignError as error:
@@ -121,7 +123,7 @@ class TokenCache:
             # These tokens would be found under the hash of what the file was.
             if source_digest(job.source, self.digests) != digest:
                 raise DataError(f"{job.source}: changed while it was read; start again when it is whole")
-            facts = {"counts": made.counts, "shown_bad": made.shown_bad}
+            facts = {"counts": made.counts, "shown_bad": made.shown_bad, "forms": made.forms}
             publish_entry(partial, directory, made.tables, facts)
         try:
             entry = read_entry(directory, self.digests)
@@ -129,9 +131,7 @@ class TokenCache:
             raise OSError(None, str(error), str(directory)) from error
         if entry is None:
             raise OSError(None, "an entry vanished", str(directory))
-        return Tokenized(
-            entry.tables, made.counts, made.shown_bad, made.num_processes, directory, made.remarks
-        )
+        return replace(made, tables=entry.tables, directory=directory)
 
     def split_names(self, source: str | Path) -> list[str]:
         """Names of the splits in a JSON file, which is parsed once."""

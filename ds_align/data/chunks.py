@@ -6,15 +6,16 @@ What comes out depends on the rows and the settings alone, never on the chunks b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ds_align.data.ranked import PairRules, answer_labels
 from ds_align.data.rows import BadRow, Record
-from ds_align.data.schemas import Columns, Layout, Preference, count_text_hazards, parse_row
+from ds_align.data.schemas import Columns, Layout, Preference, RowLayout, count_text_hazards, parse_row
 from ds_align.data.tokenize import EncodedPreference, PreferenceTokenizer, needs_tokenizer, take_token_ids
 from ds_align.data.truncate import Limits, cut_completion, cut_prompt
 from ds_align.errors import DataError
@@ -26,6 +27,10 @@ COUNTED = (
     "prompts_cut",
     "completions_cut",
     "dropped_equal_pairs",
+    "dropped_low_margin",
+    "ranked_ties",
+    "ranked_below_gap",
+    "ranked_undecided",
     "pairs_equal_after_cut",
     "duplicate_rows",
     "contradictory_rows",
@@ -34,21 +39,23 @@ COUNTED = (
     "rows_with_nul",
     "builtin_template_rows",
     "prompts_not_prefix",
+    "strings_with_system_or_tools",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkSettings:
     """What the tokens of a row depend on beside the row. layout: what the rows hold; inputs: what is asked
-    for; chat_template: a file or Jinja text, None for the tokenizer's own.
+    for; chat_template: a file or Jinja text, None for the tokenizer's own; rules: which pairs are made.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     chat_template: str | None
-    layout: Layout
+    layout: RowLayout
     inputs: Layout
     columns: Columns
     limits: Limits
+    rules: PairRules
 
 
 @dataclass(slots=True)
@@ -67,23 +74,28 @@ class Sequences:
 
 @dataclass(slots=True)
 class EncodedChunk:
-    """The preferences of some rows, cut, in file order.
+    """The records of some rows, cut, in file order, and the preferences that are made of them.
 
-    prompts: one a preference. completions: all of a preference, then those of the next. desirable: one label
-    a completion of unpaired inputs, else empty. given_kl: the y' that rows bring along, for the completions
-    numbered kl_rows (int64). prompt_keys uint64 [n, 2]: equal exactly where the cut prompts are equal.
-    preference_keys uint64 [n, 2]: the same for uncut preferences; those that contradict differ in bit 0.
+    prompts: one a record. completions: those of a record that are trained on, each once, then those of the
+    next. row_prompts int64 [n], row_completions int64 [n, 2] (chosen, rejected) or [n, 1]: their numbers, for
+    each of the n preferences. desirable: one label a completion of unpaired inputs, else empty. given_kl: the
+    y' that rows bring along, for the completions numbered kl_rows (int64). prompt_keys uint64 [records, 2]:
+    equal exactly where the cut prompts are equal. preference_keys uint64 [, 2]: the same for uncut
+    preferences; those that contradict differ in bit 0. forms: how many records were read as what.
     """
 
     num_read: int
     prompts: Sequences
     completions: Sequences
+    row_prompts: np.ndarray
+    row_completions: np.ndarray
     desirable: np.ndarray
     given_kl: Sequences
     kl_rows: np.ndarray
     prompt_keys: np.ndarray
     preference_keys: np.ndarray
     counts: Counter[str]
+    forms: Counter[str]
     bad: list[BadRow]
 
 
@@ -102,9 +114,16 @@ class ChunkEncoder:
         bos_id = None if settings.tokenizer is None else settings.tokenizer.bos_token_id
         collected = _Collected(settings.inputs, settings.limits, bos_id)
         parsed = [
-            parse_row(row, settings.layout, settings.columns) if isinstance(row, Record) else row
+            parse_row(row, settings.layout, settings.columns, settings.rules)
+            if isinstance(row, Record)
+            else row
             for row in rows
         ]
+        for item in parsed:
+            if isinstance(item, Preference):
+                collected.forms[item.form] += 1
+                if item.counted:
+                    collected.counts.update(item.counted)
         for item in self._encode(parsed, collected.counts):
             if isinstance(item, BadRow):
                 collected.bad.append(item)
@@ -115,7 +134,7 @@ class ChunkEncoder:
     def _encode(
         self, parsed: list[Preference | BadRow], counts: Counter[str]
     ) -> Iterator[EncodedPreference | BadRow]:
-        good = [row for row in parsed if isinstance(row, Preference)]
+        good = [row for row in parsed if isinstance(row, Preference) and not row.is_left_out]
         texts = [row for row in good if needs_tokenizer(row.prompt)]
         encoded_texts = iter(self._encode_texts(texts, counts) if texts else [])
         for row in good:
@@ -123,6 +142,8 @@ class ChunkEncoder:
         for row in parsed:
             if isinstance(row, BadRow):
                 yield row
+            elif row.is_left_out:
+                continue
             elif needs_tokenizer(row.prompt):
                 yield next(encoded_texts)
             else:
@@ -150,55 +171,97 @@ class _Collected:
     limits: Limits
     bos_id: int | None
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))
+    forms: Counter[str] = field(default_factory=Counter)
     bad: list[BadRow] = field(default_factory=list)
     prompts: list[np.ndarray] = field(default_factory=list)
     completions: list[np.ndarray] = field(default_factory=list)
+    row_prompts: list[int] = field(default_factory=list)
+    row_completions: list[tuple[int, ...]] = field(default_factory=list)
     desirable: list[bool] = field(default_factory=list)
     given_kl: dict[int, np.ndarray] = field(default_factory=dict)
     prompt_keys: list[bytes] = field(default_factory=list)
     preference_keys: list[bytes] = field(default_factory=list)
 
     def add(self, row: EncodedPreference) -> None:
-        is_pair = len(row.completion_ids) == 2
-        if is_pair and np.array_equal(*row.completion_ids):
-            self.counts["dropped_equal_pairs"] += 1
+        if row.desirable is not None:
+            self.preference_keys.append(_preference_key(row, (0,)))
+            self._store(row, [0], (), {0: row.desirable})
             return
-        self.preference_keys.append(_preference_key(row))
+        comparisons = [pair for pair in row.comparisons if not _are_equal(row.completion_ids, pair)]
+        self.counts["dropped_equal_pairs"] += len(row.comparisons) - len(comparisons)
+        self.preference_keys += [_preference_key(row, pair) for pair in comparisons]
+        used = list(dict.fromkeys(number for pair in comparisons for number in pair))
+        labels: dict[int, bool] = {}
+        if self.inputs == "unpaired":
+            found = answer_labels(comparisons)
+            labels = {number: found[number] for number in sorted(used) if found[number] is not None}
+            self.counts["ranked_undecided"] += len(used) - len(labels)
+            used = list(labels)
+        if used:
+            self._store(row, used, comparisons, labels)
+
+    def _store(
+        self,
+        row: EncodedPreference,
+        used: list[int],
+        comparisons: Sequence[tuple[int, int]],
+        labels: dict[int, bool],
+    ) -> None:
+        """Cuts a prompt and the completions that are used, each once, and numbers the preferences."""
         prompt_ids = cut_prompt(row.prompt_ids, self.limits, self.bos_id)
-        completions = [cut_completion(ids, len(prompt_ids), self.limits) for ids in row.completion_ids]
+        whole = [row.completion_ids[number] for number in used]
+        completions = [cut_completion(ids, len(prompt_ids), self.limits) for ids in whole]
         self.counts["prompts_cut"] += len(prompt_ids) < len(row.prompt_ids)
         self.counts["completions_cut"] += sum(
-            len(ids) < len(whole) for ids, whole in zip(completions, row.completion_ids, strict=True)
+            len(ids) < len(uncut) for ids, uncut in zip(completions, whole, strict=True)
         )
-        self.counts["pairs_equal_after_cut"] += is_pair and np.array_equal(*completions)
-        self.prompts.append(prompt_ids)
-        self.prompt_keys.append(_digest(prompt_ids.tobytes()))
+        first = len(self.completions)
+        place = {number: first + index for index, number in enumerate(used)}
+        cut = dict(zip(used, completions, strict=True))
+        self.counts["pairs_equal_after_cut"] += sum(
+            pair[0] in cut and pair[1] in cut and _are_equal(cut, pair) for pair in comparisons
+        )
         if self.inputs == "unpaired":
-            self.desirable += (True, False) if is_pair else (bool(row.desirable),)
+            rows = [(place[number],) for number in used]
+            self.desirable += labels.values()
             if row.kl_ids is not None:
                 kl_ids = cut_completion(row.kl_ids, len(prompt_ids), self.limits)
-                start = len(self.completions)
-                self.given_kl.update(dict.fromkeys(range(start, start + len(completions)), kl_ids))
+                self.given_kl.update(dict.fromkeys(place.values(), kl_ids))
+        else:
+            rows = [(place[chosen], place[rejected]) for chosen, rejected in comparisons]
+        self.row_prompts += [len(self.prompts)] * len(rows)
+        self.row_completions += rows
+        self.prompts.append(prompt_ids)
+        self.prompt_keys.append(_digest(prompt_ids.tobytes()))
         self.completions += completions
 
     def finish(self, num_read: int) -> EncodedChunk:
+        num_columns = 2 if self.inputs == "pairs" else 1
         return EncodedChunk(
             num_read,
             Sequences.from_parts(self.prompts),
             Sequences.from_parts(self.completions),
+            np.asarray(self.row_prompts, dtype=np.int64),
+            np.asarray(self.row_completions, dtype=np.int64).reshape(-1, num_columns),
             np.asarray(self.desirable, dtype=bool),
             Sequences.from_parts(list(self.given_kl.values())),
             np.asarray(list(self.given_kl), dtype=np.int64),
             _as_keys(self.prompt_keys),
             _as_keys(self.preference_keys),
             self.counts,
+            self.forms,
             self.bad,
         )
 
 
-def _preference_key(row: EncodedPreference) -> bytes:
+def _are_equal(completions: Any, pair: tuple[int, int]) -> bool:
+    return np.array_equal(completions[pair[0]], completions[pair[1]])
+
+
+def _preference_key(row: EncodedPreference, numbers: tuple[int, ...]) -> bytes:
     """A hash that a preference shares with its repeats; one that says the opposite has another bit 0."""
-    prompt, *answers = (_digest(ids.tobytes()) for ids in (row.prompt_ids, *row.completion_ids))
+    prompt = _digest(row.prompt_ids.tobytes())
+    answers = [_digest(row.completion_ids[number].tobytes()) for number in numbers]
     sense = answers[0] > answers[-1] if row.desirable is None else row.desirable
     key = _digest(b"".join((prompt, *sorted(answers))))
     return bytes([key[0] & 0xFE | sense]) + key[1:]

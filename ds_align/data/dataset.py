@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from ds_align.batch import Pair, Unpaired
-from ds_align.data.build import DataFields, Job, Tokenized, describe_bad_rows
+from ds_align.data.build import DataFields, Job
 from ds_align.data.cache import obtain
-from ds_align.data.readers import display_name, origin_prefix
+from ds_align.data.notes import describe_decisions, summarise
+from ds_align.data.readers import display_name
 from ds_align.data.schemas import Layout
 from ds_align.data.tables import Tables
 
@@ -46,6 +47,7 @@ class PreferenceDataset(Sequence):
         *,
         counts: dict[str, int],
         notes: tuple[str, ...] = (),
+        summary: str = "",
         rows: np.ndarray | None = None,
         num_processes: int = 0,
         directory: Path | None = None,
@@ -55,6 +57,7 @@ class PreferenceDataset(Sequence):
         self.inputs = inputs
         self.counts = counts
         self.notes = notes
+        self.summary = summary
         self.num_processes = num_processes
         self.directory = directory
         self._tables = tables
@@ -62,8 +65,11 @@ class PreferenceDataset(Sequence):
         self.prompt_lengths = tables.prompts.lengths[self.prompt_keys]
         num_completions = 2 if inputs == "pairs" else 1
         lengths = tables.completions.lengths
-        stored = num_completions * len(tables.prompt_index)
-        self.completion_lengths = lengths[:stored].reshape(-1, num_completions)[self._rows]
+        if tables.completion_index is not None:
+            self.completion_lengths = lengths[tables.completion_index[self._rows]]
+        else:
+            stored = num_completions * len(tables.prompt_index)
+            self.completion_lengths = lengths[:stored].reshape(-1, num_completions)[self._rows]
         self.kl_lengths = self._kl_lengths(lengths)
 
     def select(self, rows: np.ndarray) -> PreferenceDataset:
@@ -78,6 +84,7 @@ class PreferenceDataset(Sequence):
             self._tables,
             counts=self.counts,
             notes=self.notes,
+            summary=self.summary,
             rows=kept,
             num_processes=self.num_processes,
             directory=self.directory,
@@ -113,7 +120,9 @@ class PreferenceDataset(Sequence):
         tables = self._tables
         prompt_ids = tables.prompts[tables.prompt_index[position]]
         if self.inputs == "pairs":
-            return Pair(prompt_ids, tables.completions[2 * position], tables.completions[2 * position + 1])
+            index = tables.completion_index
+            chosen, rejected = (2 * position, 2 * position + 1) if index is None else index[position]
+            return Pair(prompt_ids, tables.completions[chosen], tables.completions[rejected])
         assert tables.desirable is not None
         assert tables.kl_index is not None
         kl_index, kl_length = tables.kl_index[position], self.kl_lengths[number]
@@ -133,7 +142,8 @@ def load_preferences(
 
     source: a path (.jsonl, .ndjson, .json, a save_to_disk directory), a list of dicts, a datasets.Dataset or
     DatasetDict. tokenizer may be None for rows that are token ids already. Unpaired methods given pairs get
-    one desirable and one undesirable example of each, in file order. Pairs with equal answers are dropped and
+    one desirable and one undesirable example of each, in file order; given ranked lists, each answer once: as
+    desirable where it wins more of the list's pairs than it loses. Pairs with equal answers are dropped and
     counted.
 
     Raises DataError, naming the first bad rows and their number, unless on_bad_rows is "skip" and at most
@@ -146,40 +156,8 @@ def load_preferences(
         inputs,
         found.tables,
         counts=found.counts,
-        notes=(*found.remarks, *_notes(found, name, source)),
+        notes=(*found.remarks, *describe_decisions(found, name, source, config)),
+        summary=summarise(found, name, inputs, config),
         num_processes=found.num_processes,
         directory=found.directory,
     )
-
-
-def _notes(found: Tokenized, name: str, source: Source) -> tuple[str, ...]:
-    notes, counts = [], found.counts
-    if counts["bad_rows"]:
-        prefix = origin_prefix(source)
-        shown = [(f"{prefix}{place}", reason) for place, reason in found.shown_bad]
-        notes.append(
-            f"{name}: {counts['bad_rows']} of {counts['rows_read']} rows were left out: "
-            f"{describe_bad_rows(shown, counts['bad_rows'])}"
-        )
-    if counts["builtin_template_rows"]:
-        notes.append(
-            f"{name}: the tokenizer has no chat template; {counts['builtin_template_rows']} conversations "
-            "were written with the built-in one (role headers such as 'User:'); give --chat_template to "
-            "choose another"
-        )
-    if counts["prompts_not_prefix"]:
-        notes.append(
-            f"{name}: in {counts['prompts_not_prefix']} conversations the chat template's generation prompt "
-            "is not the beginning of the whole; the prompt was taken from the whole conversation"
-        )
-    if counts["pairs_equal_after_cut"]:
-        notes.append(
-            f"{name}: {counts['pairs_equal_after_cut']} pairs differ only in what was cut off, so they teach "
-            "nothing; raise max_length or max_completion_length, or lower max_prompt_length"
-        )
-    if counts["rows_without_kl_completion"]:
-        notes.append(
-            f"{name}: {counts['rows_without_kl_completion']} of {counts['rows']} rows have no y' for KTO's "
-            "z0 (no row has another prompt); they are left out of its mean, and with no row left it is 0"
-        )
-    return tuple(notes)

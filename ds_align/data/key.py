@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_align.data.build import Job
+from ds_align.data.ranked import PairRules
 from ds_align.data.readers import check_path
 from ds_align.data.schemas import Columns
 from ds_align.data.store import FORMAT
@@ -44,6 +45,7 @@ def entry_key(job: Job, source: str) -> str:
         "inputs": job.inputs,
         "columns": asdict(Columns.from_config(config)),
         "limits": asdict(Limits.from_config(config)),
+        "rules": asdict(PairRules.from_config(config)),
         "bad_rows": [config.on_bad_rows, config.max_bad_fraction],
         "tokenizer": None if job.tokenizer is None else _tokenizer_state(job.tokenizer),
         "template": _template(job),

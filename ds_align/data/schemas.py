@@ -1,33 +1,58 @@
 """Records to preferences: the known row forms are recognised, everything else is named and refused.
 
-Forms: strings, message lists (role/content or ShareGPT's from/value, the prompt given or implicit), one
-message object as a completion, and token ids. Columns that no form asks for are left alone.
+Forms: pairs, unpaired answers with a label, and ranked lists; each as strings, as message lists (role/content
+or ShareGPT's from/value, the prompt given or implicit) or one message object as a completion; pairs and
+unpaired answers as token ids, too. Columns that no form asks for are left alone.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ds_align.data.contents import (
+    Content,
+    RowError,
+    as_turns,
+    check_answer,
+    check_text,
+    present,
+    read_content,
+    read_ids,
+    read_label,
+    read_number,
+    read_system,
+    read_tools,
+)
+from ds_align.data.conversations import split_conversation, with_system
+from ds_align.data.ranked import (
+    OTHER_LISTS,
+    Comparisons,
+    PairRules,
+    choose_pairs,
+    is_at_least,
+    list_column,
+    read_ranked_list,
+)
 from ds_align.data.readers import BadRow, Record
 from ds_align.errors import DataError
 
 Layout = Literal["pairs", "unpaired"]
-Message = dict[str, Any]
-Content = str | list[Message] | np.ndarray
+RowLayout = Literal["pairs", "unpaired", "ranked"]
 
 SCHEMAS = {
     "pairs": "pairs need {prompt, chosen, rejected} (strings, message lists, or prompt_ids, chosen_ids, "
     "rejected_ids)",
     "unpaired": "unpaired data needs {prompt, completion, label} (strings, message lists, or prompt_ids, "
     "completion_ids, label)",
+    "ranked": "ranked lists need {prompt, completions, scores or ranks} (completions: strings, message lists "
+    "or objects with the text and its score)",
 }
 ID_COLUMNS = {
     "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -35,14 +60,11 @@ ID_COLUMNS = {
 }
 CONVERSATION_COLUMNS = ("conversations", "messages")
 KL_COLUMNS = ("kl_completion", "kl_completion_ids")
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-}
+# Names in public data sets, looked for where a column keeps its usual name and is not there.
+OTHER_LABELS = ("kto_tag",)
+OTHER_PROMPTS = ("instruction",)
+OTHER_CHOSEN_SCORES = ("score_chosen",)
+OTHER_REJECTED_SCORES = ("score_rejected",)
 # Embeddings, overrides and isolates reorder what a reader sees; the marks U+200E, U+200F and U+061C are
 # ordinary in Arabic text and are not counted.
 _BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -56,6 +78,13 @@ class ColumnFields(Protocol):
     dataset_rejected_field: str
     dataset_completion_field: str
     dataset_label_field: str
+    dataset_completions_field: str
+    dataset_scores_field: str
+    dataset_ranks_field: str
+    dataset_system_field: str
+    dataset_tools_field: str
+    dataset_chosen_score_field: str
+    dataset_rejected_score_field: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +96,28 @@ class Columns:
     rejected: str = "rejected"
     completion: str = "completion"
     label: str = "label"
+    completions: str = "completions"
+    scores: str = "scores"
+    ranks: str = "ranks"
+    system: str = "system"
+    tools: str = "tools"
+    chosen_score: str = "chosen_score"
+    rejected_score: str = "rejected_score"
 
     @classmethod
     def from_config(cls, config: ColumnFields) -> Columns:
         """Take the names from a config's `dataset_*_field` entries."""
-        return cls(
-            prompt=config.dataset_prompt_field,
-            chosen=config.dataset_chosen_field,
-            rejected=config.dataset_rejected_field,
-            completion=config.dataset_completion_field,
-            label=config.dataset_label_field,
-        )
+        return cls(**{name: getattr(config, f"dataset_{name}_field") for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One record in the common form: a prompt, its completions and, for unpaired data, the label.
+    """One record in the common form: a prompt, its completions and what is said of them.
 
-    completions: (chosen, rejected) or (completion,). All contents of a record have one form: strings, message
-    lists or int32 token ids. kl_completion overrides KTO's mismatched completion.
+    completions: (chosen, rejected), (completion,) with `desirable`, or the answers of a ranked list. All
+    contents of a record have one form: strings, message lists or int32 token ids. kl_completion overrides
+    KTO's mismatched completion. comparisons: the pairs as (chosen, rejected) numbers of completions, none
+    where the record is left out. counted: what was met in this record. form: what it was read as, in words.
     """
 
     origin: str
@@ -94,27 +126,25 @@ class Preference:
     desirable: bool | None = None
     kl_completion: Content | None = None
     tools: list[Any] | None = None
+    comparisons: Comparisons = ((0, 1),)
+    counted: Mapping[str, int] = field(default_factory=dict, compare=False)
+    form: str = field(default="", compare=False)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether nothing is trained on this record."""
+        return self.desirable is None and not self.comparisons
 
 
-class _RowError(ValueError):
-    """Why one row cannot be used; becomes a BadRow with the row's origin."""
+def recognise_layout(
+    rows: Iterable[Record | BadRow], inputs: Layout, columns: Columns, name: str
+) -> RowLayout:
+    """Whether rows hold pairs, unpaired examples or ranked lists, by the columns that most of them have.
 
-
-def recognise_layout(rows: Iterable[Record | BadRow], inputs: Layout, columns: Columns, name: str) -> Layout:
-    """Whether rows hold pairs or unpaired examples, by the columns that most of them have.
-
-    Raises DataError where a pair method meets unpaired data; pairs serve both kinds of method.
+    Raises DataError where a pair method meets unpaired data; the others serve both kinds of method.
     """
-    votes: Counter[Layout] = Counter()
-    for row in rows:
-        if not isinstance(row, Record):
-            continue
-        if any(
-            key in row.columns for key in (columns.chosen, columns.rejected, "chosen_ids", "rejected_ids")
-        ):
-            votes["pairs"] += 1
-        elif any(key in row.columns for key in (columns.completion, columns.label, "completion_ids")):
-            votes["unpaired"] += 1
+    votes = Counter(_vote(row.columns, columns) for row in rows if isinstance(row, Record))
+    del votes[None]
     if not votes:
         return inputs
     layout = votes.most_common(1)[0][0]
@@ -126,11 +156,31 @@ def recognise_layout(rows: Iterable[Record | BadRow], inputs: Layout, columns: C
     return layout
 
 
-def parse_row(record: Record, layout: Layout, columns: Columns) -> Preference | BadRow:
+def _vote(row: Mapping[str, Any], columns: Columns) -> RowLayout | None:
+    """What the columns of one row say it is; None where they say nothing."""
+    has_list = list_column(row, columns) is not None
+    # Who names the column of the lists means them, whatever else the rows hold.
+    if has_list and columns.completions not in ("completions", *OTHER_LISTS):
+        return "ranked"
+    if any(key in row for key in (columns.chosen, columns.rejected, "chosen_ids", "rejected_ids")):
+        return "pairs"
+    if columns.completion in row or "completion_ids" in row:
+        return "unpaired"
+    if has_list:
+        return "ranked"
+    if present(row, columns.label, "label", OTHER_LABELS) in row:
+        return "unpaired"
+    # A list of answers under a name that is not known: the error can tell which column is missing.
+    return "ranked" if isinstance(row.get(columns.scores, row.get(columns.ranks)), list) else None
+
+
+def parse_row(
+    record: Record, layout: RowLayout, columns: Columns, rules: PairRules | None = None
+) -> Preference | BadRow:
     """One record as a Preference, or a BadRow that names the column, what was found and what was expected."""
     try:
-        return _parse(record, layout, columns)
-    except _RowError as error:
+        return _parse(record, layout, columns, rules or PairRules())
+    except RowError as error:
         return BadRow(record.origin, f"{error}; {SCHEMAS[layout]}")
 
 
@@ -149,207 +199,142 @@ def _texts(preference: Preference) -> Iterable[str]:
             yield from (message["content"] for message in content if message["content"])
 
 
-def _parse(record: Record, layout: Layout, columns: Columns) -> Preference:
+@dataclass(slots=True)
+class _Reading:
+    """What a row was found to hold; places name the completions in messages."""
+
+    kind: str
+    completions: list[Content]
+    places: list[str]
+    used: list[str]
+    desirable: bool | None = None
+    comparisons: Comparisons = ((0, 1),)
+    counted: dict[str, int] = field(default_factory=dict)
+    prompt_column: str = "prompt"
+
+
+def _parse(record: Record, layout: RowLayout, columns: Columns, rules: PairRules) -> Preference:
     row = record.columns
-    answers = (columns.chosen, columns.rejected) if layout == "pairs" else (columns.completion,)
-    id_columns = ID_COLUMNS[layout]
-    has_ids = [row.get(column) is not None for column in id_columns]
-    has_text = any(row.get(column) is not None for column in answers)
-    desirable = _label(row, columns.label) if layout == "unpaired" else None
-    if all(has_ids) or (any(has_ids) and not has_text):
-        prompt, *completions = (_ids(row, column) for column in id_columns)
-        kl = _ids(row, KL_COLUMNS[1]) if row.get(KL_COLUMNS[1]) is not None else None
-        return Preference(record.origin, prompt, tuple(completions), desirable, kl)
-    kl_text = _content(row, KL_COLUMNS[0]) if row.get(KL_COLUMNS[0]) is not None else None
-    completions = [_content(row, column) for column in _present_answers(row, answers, columns)]
-    prompt = _prompt(row, columns.prompt, completions)
-    if all(isinstance(part, str) for part in (prompt, *completions)):
-        if isinstance(kl_text, list):
-            raise _RowError("column 'kl_completion' holds messages, the other columns strings; give one form")
-        preference = Preference(record.origin, prompt, tuple(completions), desirable, kl_text)
+    reading = _read_ranked(row, columns, rules) if layout == "ranked" else _read_answers(row, layout, columns)
+    if layout == "pairs":
+        _filter_by_margin(reading, row, columns, rules)
+    kl_column = KL_COLUMNS[0]
+    if isinstance(reading.completions[0], np.ndarray):
+        kl_column = KL_COLUMNS[1]
+        prompt, tools = read_ids(row, ID_COLUMNS[layout][0]), None
+        kl = read_ids(row, kl_column) if row.get(kl_column) is not None else None
+        reading.used.insert(0, ID_COLUMNS[layout][0])
     else:
-        turns = [_turns(part, "assistant") for part in completions]
-        prompt, turns = _conversation(prompt, turns)
-        kl_turns = None if kl_text is None else _turns(kl_text, "assistant")
-        preference = Preference(record.origin, prompt, tuple(turns), desirable, kl_turns, _tools(row))
-    _check_texts(preference, (*answers, KL_COLUMNS[0]))
+        kl = read_content(row, kl_column) if row.get(kl_column) is not None else None
+        prompt, kl, tools = _read_prompt(row, reading, kl, columns)
+    if kl is not None:
+        reading.used.append(kl_column)
+    preference = Preference(
+        record.origin,
+        prompt,
+        tuple(reading.completions),
+        reading.desirable,
+        kl,
+        tools,
+        reading.comparisons,
+        reading.counted,
+        _form(reading.kind, tuple(reading.used)),
+    )
+    if not isinstance(prompt, np.ndarray):
+        for place, content in zip(reading.places, reading.completions, strict=True):
+            check_answer(content, place)
+        if kl is not None:
+            check_answer(kl, kl_column)
+        for text in _texts(preference):
+            check_text(text)
     return preference
 
 
-def _present_answers(row: Mapping[str, Any], answers: Sequence[str], columns: Columns) -> list[str]:
-    """The answer columns; with a label alone, `messages` is a conversation that ends with its completion."""
-    if answers == (columns.completion,) and columns.completion not in row and columns.prompt not in row:
-        return [next((name for name in CONVERSATION_COLUMNS if name in row), columns.completion)]
-    return list(answers)
+@lru_cache
+def _form(kind: str, used: tuple[str, ...]) -> str:
+    return f"{kind} ({', '.join(dict.fromkeys(used))})"
 
 
-def _require(row: Mapping[str, Any], column: str, expected: str) -> Any:
-    if column not in row:
-        near = get_close_matches(column, list(row), n=1, cutoff=0.5)
-        hint = (
-            f", the nearest is {near[0]!r}: rename it or set the column map (dataset_*_field)" if near else ""
-        )
-        raise _RowError(
-            f"column {column!r} is missing, found {', '.join(map(str, row)) or 'no column'}{hint}"
-        )
-    if row[column] is None:
-        raise _RowError(f"column {column!r} is null, expected {expected}")
-    return row[column]
+def _read_answers(row: Mapping[str, Any], layout: Layout, columns: Columns) -> _Reading:
+    """The completions of a pair or of an unpaired row, as ids where they are given as ids."""
+    answers = [columns.chosen, columns.rejected] if layout == "pairs" else [columns.completion]
+    kind = "pairs" if layout == "pairs" else "labelled answers"
+    label = present(row, columns.label, "label", OTHER_LABELS)
+    desirable = read_label(row, label) if layout == "unpaired" else None
+    more = [] if desirable is None else [label]
+    has_ids = [row.get(column) is not None for column in ID_COLUMNS[layout]]
+    has_text = any(row.get(column) is not None for column in answers)
+    if all(has_ids) or (any(has_ids) and not has_text):
+        names = list(ID_COLUMNS[layout][1:])
+        kind = f"{kind} of token ids" if layout == "pairs" else "labelled token ids"
+        return _Reading(kind, [read_ids(row, name) for name in names], names, [*names, *more], desirable)
+    if layout == "unpaired" and columns.completion not in row and columns.prompt not in row:
+        # With a label alone, `messages` is a conversation that ends with its completion.
+        answers = [next((name for name in CONVERSATION_COLUMNS if name in row), columns.completion)]
+    contents = [read_content(row, name) for name in answers]
+    return _Reading(kind, contents, answers, [*answers, *more], desirable, prompt_column=columns.prompt)
 
 
-def _content(row: Mapping[str, Any], column: str) -> Content:
-    """A string, or a message list with the roles of chat templates."""
-    expected = "a string or a list of messages"
-    value = _require(row, column, expected)
-    if isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, Mapping) else value
-    if not isinstance(messages, list | tuple):
-        raise _RowError(f"column {column!r} holds {type(value).__name__}, expected {expected}")
-    if not messages:
-        raise _RowError(f"column {column!r} is an empty list, expected {expected}")
-    return [_message(message, column) for message in messages]
-
-
-def _message(value: Any, column: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise _RowError(
-            f"column {column!r} holds a list of {type(value).__name__}, expected messages with role and "
-            "content"
-        )
-    role_key, text_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
-    role, text = value.get(role_key), value.get(text_key)
-    if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(ROLES)
-        raise _RowError(f"column {column!r} has a message with {role_key} {role!r}, expected one of {known}")
-    if not isinstance(text, str) and not (text is None and value.get("tool_calls")):
-        found = type(text).__name__
-        raise _RowError(f"column {column!r} has a message whose {text_key} is {found}, expected a string")
-    # datasets fills the keys that other messages have with None; a template would print them.
-    extra = {key: item for key, item in value.items() if item is not None and key not in (role_key, text_key)}
-    return {**extra, "role": ROLES[role], "content": text}
-
-
-def _prompt(row: Mapping[str, Any], column: str, completions: list[Content]) -> Content | None:
-    """The prompt column, or ShareGPT's conversations; None where the completions carry the prompt."""
-    if column in row:
-        return _content(row, column)
-    carried = all(isinstance(part, list) and len(part) > 1 for part in completions)
-    if carried:
-        return None
-    conversation = next((name for name in CONVERSATION_COLUMNS if name in row), column)
-    return _content(row, conversation)
-
-
-def _turns(content: Content, role: str) -> list[Message]:
-    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
-
-
-def _conversation(
-    prompt: Content | None, completions: list[list[Message]]
-) -> tuple[list[Message], list[list[Message]]]:
-    """Part a conversation into its prompt and what each completion adds.
-
-    A completion may repeat the prompt; without a prompt column the prompt is the common beginning of chosen
-    and rejected, or everything before the last message of a single completion.
-    """
-    repeats = all(turns[0]["role"] not in ("assistant", "tool") for turns in completions)
-    if prompt is None or (isinstance(prompt, str) and repeats):
-        num_prompt = _num_common_turns(completions)
-        beginning = completions[0][:num_prompt]
-        if prompt is not None and not any(turn["content"] == prompt for turn in beginning):
-            raise _RowError(
-                "the conversations do not begin with the text of the prompt column; drop the column or "
-                "mend it"
-            )
-    else:
-        beginning = _turns(prompt, "user")
-        if all(turns[: len(beginning)] == beginning for turns in completions):
-            num_prompt = len(beginning)
-        else:
-            num_prompt = 0
-    answers = [turns[num_prompt:] for turns in completions]
-    if not beginning:
-        raise _RowError("the conversations have no common beginning to serve as the prompt")
-    if beginning[-1]["role"] == "assistant":
-        raise _RowError(
-            "the prompt ends with an assistant message, expected a user, system or tool message last"
-        )
-    for turns in answers:
-        roles = [turn["role"] for turn in turns]
-        if not roles or roles[-1] != "assistant" or not {"assistant", "tool"}.issuperset(roles):
-            raise _RowError(
-                f"a completion has the roles {roles}, expected assistant messages after a shared prompt"
-            )
-    return list(beginning), answers
-
-
-def _num_common_turns(completions: list[list[Message]]) -> int:
-    """Leading messages that all completions share, always leaving the last message of each."""
-    limit = min(map(len, completions)) - 1
-    first = completions[0]
-    shared = (all(turns[index] == first[index] for turns in completions) for index in range(limit))
-    return next((index for index, same in enumerate(shared) if not same), limit)
-
-
-def _label(row: Mapping[str, Any], column: str) -> bool:
-    value = _require(row, column, "true or false")
-    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int) and value in (0, 1)):
-        raise _RowError(f"column {column!r} holds {value!r}, expected true or false (or 1 or 0)")
-    return bool(value)
-
-
-def _ids(row: Mapping[str, Any], column: str) -> np.ndarray:
-    value = _require(row, column, "a list of token ids")
-    try:
-        ids = np.asarray(value if isinstance(value, list | tuple | np.ndarray) else None)
-    except ValueError as error:
-        raise _RowError(
-            f"column {column!r} is nested unevenly, expected a flat list of integer token ids"
-        ) from error
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise _RowError(
-            f"column {column!r} holds {type(value).__name__}, expected a flat list of integer token ids"
-        )
-    if ids.size == 0:
-        raise _RowError(f"column {column!r} is empty, expected at least one token id")
-    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise _RowError(
-            f"column {column!r} holds ids from {ids.min()} to {ids.max()}, expected 0 or more, below 2^31"
-        )
-    return ids.astype(np.int32)
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    value = row.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise _RowError(
-                f"column 'tools' is not JSON ({error}), expected a list of tool descriptions"
-            ) from error
-    if value is not None and value != "" and not isinstance(value, list):
-        raise _RowError(f"column 'tools' holds {type(value).__name__}, expected a list of tool descriptions")
-    return value or None
-
-
-def _check_texts(preference: Preference, columns: Sequence[str]) -> None:
-    answers = (
-        *preference.completions,
-        *([] if preference.kl_completion is None else [preference.kl_completion]),
+def _read_ranked(row: Mapping[str, Any], columns: Columns, rules: PairRules) -> _Reading:
+    """The answers of a ranked list and the pairs that are made of them."""
+    ranked = read_ranked_list(row, columns)
+    prompt_column = present(row, columns.prompt, "prompt", OTHER_PROMPTS)
+    comparisons, left_out = choose_pairs(ranked, row.get(prompt_column), rules)
+    places = [f"{ranked.columns[0]}[{number}]" for number in range(len(ranked.answers))]
+    return _Reading(
+        "ranked lists",
+        ranked.answers,
+        places,
+        list(ranked.columns),
+        comparisons=comparisons,
+        counted=dict(left_out),
+        prompt_column=prompt_column,
     )
-    for column, content in zip((*columns[: len(preference.completions)], columns[-1]), answers, strict=False):
-        last = content[-1] if isinstance(content, list) else {"content": content}
-        if not (last["content"] or "").strip() and not last.get("tool_calls"):
-            raise _RowError(
-                f"column {column!r} is empty or white space, expected an answer with at least one character"
-            )
-    for text in _texts(preference):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            found = f"\\u{ord(text[error.start]):04x} at character {error.start}"
-            raise _RowError(
-                f"the text holds a lone surrogate ({found}), which no UTF-8 text has; mend it"
-            ) from error
+
+
+def _filter_by_margin(reading: _Reading, row: Mapping[str, Any], columns: Columns, rules: PairRules) -> None:
+    """Leaves a pair out whose scores are nearer than min_score_margin."""
+    if rules.min_score_margin is None:
+        return
+    names = (
+        present(row, columns.chosen_score, "chosen_score", OTHER_CHOSEN_SCORES),
+        present(row, columns.rejected_score, "rejected_score", OTHER_REJECTED_SCORES),
+    )
+    chosen, rejected = (read_number(row, name) for name in names)
+    reading.used += names
+    if not is_at_least(chosen - rejected, rules.min_score_margin):
+        reading.comparisons = ()
+        reading.counted["dropped_low_margin"] = 1
+
+
+def _read_prompt(
+    row: Mapping[str, Any], reading: _Reading, kl: Content | None, columns: Columns
+) -> tuple[Content, Content | None, list[Any] | None]:
+    """(prompt, y', tools); what the completions repeat of the prompt is taken off them."""
+    prompt = _prompt(row, reading)
+    extra = [name for name in (columns.system, columns.tools) if row.get(name) not in (None, "", [])]
+    if all(isinstance(part, str) for part in (prompt, *reading.completions)):
+        if isinstance(kl, list):
+            raise RowError("column 'kl_completion' holds messages, the other columns strings; give one form")
+        if extra:
+            reading.counted["strings_with_system_or_tools"] = 1
+        return prompt, kl, None
+    reading.kind = f"{reading.kind} as messages"
+    reading.used += extra
+    turns = [as_turns(part, "assistant") for part in reading.completions]
+    prompt, reading.completions = split_conversation(prompt, turns)
+    prompt = with_system(prompt, read_system(row, columns.system), columns.system)
+    tools = read_tools(row, columns.tools)
+    return prompt, None if kl is None else as_turns(kl, "assistant"), tools
+
+
+def _prompt(row: Mapping[str, Any], reading: _Reading) -> Content | None:
+    """The prompt column, or ShareGPT's conversations; None where the completions carry the prompt."""
+    column = reading.prompt_column
+    carried = all(isinstance(part, list) and len(part) > 1 for part in reading.completions)
+    if column not in row and carried:
+        return None
+    if column not in row:
+        column = next((name for name in CONVERSATION_COLUMNS if name in row), column)
+    reading.used.insert(0, column)
+    return read_content(row, column)

@@ -67,7 +67,11 @@ class Spool:
         )
         self._prompt_keys, self._preference_keys = _GrowingArray("<u8"), _GrowingArray("<u8")
         self._desirable, self._kl_rows = _GrowingArray("?"), _GrowingArray("<i8")
-        self._num_completions = 0
+        self._row_prompts = self._growing("row_prompts", "<i8")
+        self._row_completions = self._growing("row_completions", "<i8")
+        self._num_prompts, self._num_completions = 0, 0
+        self.num_preferences = 0
+        self.forms: Counter[str] = Counter()
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self.num_bad = 0
         self.shown_bad: list[BadRow] = []
@@ -79,9 +83,9 @@ class Spool:
         for array in self._arrays:
             array.close()
 
-    def _growing(self, name: str) -> _GrowingArray:
+    def _growing(self, name: str, dtype: str = "<i4") -> _GrowingArray:
         path = None if self._directory is None else self._directory / f"{name}.spool"
-        self._arrays.append(_GrowingArray("<i4", path))
+        self._arrays.append(_GrowingArray(dtype, path))
         return self._arrays[-1]
 
     def add(self, chunk: EncodedChunk) -> None:
@@ -93,19 +97,19 @@ class Spool:
         self._kl.append(chunk.given_kl.values)
         self._kl_lengths.append(chunk.given_kl.lengths)
         self._kl_rows.append(chunk.kl_rows + self._num_completions)
+        self._row_prompts.append(chunk.row_prompts + self._num_prompts)
+        self._row_completions.append(chunk.row_completions + self._num_completions)
+        self._num_prompts += len(chunk.prompts.lengths)
         self._num_completions += len(chunk.completions.lengths)
         self._desirable.append(chunk.desirable)
         self._prompt_keys.append(chunk.prompt_keys)
         self._preference_keys.append(chunk.preference_keys)
         # Counter's own sum leaves out what is 0.
         self.counts.update(chunk.counts)
+        self.forms.update(chunk.forms)
+        self.num_preferences += len(chunk.row_prompts)
         self.num_bad += len(chunk.bad)
         self.shown_bad += chunk.bad[: SHOWN_BAD_ROWS - len(self.shown_bad)]
-
-    @property
-    def num_preferences(self) -> int:
-        """Preferences that were kept so far."""
-        return self._num_completions // (2 if self._inputs == "pairs" else 1)
 
     def finish(self) -> Tables:
         """Stores equal prompts once and pairs KTO's rows; counts what only all rows together show."""
@@ -113,14 +117,17 @@ class Spool:
         firsts = first_appearances(self._prompt_keys.finish().reshape(-1, 2))
         is_first = firsts == np.arange(len(firsts))
         prompts = self._distinct_prompts(is_first)
-        numbers = (np.cumsum(is_first) - 1)[firsts]
+        prompt_index = (np.cumsum(is_first) - 1)[firsts][self._row_prompts.finish()]
         if self._inputs == "pairs":
             completions = TokenTable.from_lengths(
                 self._completions.finish(), self._completion_lengths.finish()
             )
-            return Tables(prompts, numbers, completions)
-        # A pair serves an unpaired method as two rows with one prompt.
-        prompt_index = np.repeat(numbers, self._num_completions // max(1, len(numbers)))
+            index = self._row_completions.finish().reshape(-1, 2)
+            # Each is used at least once, in order of first use: as many as there are means row by row.
+            is_row_by_row = index.size == self._num_completions
+            return Tables(
+                prompts, prompt_index, completions, completion_index=None if is_row_by_row else index
+            )
         kl_index = mismatched_rows(prompt_index)
         kl_rows = self._kl_rows.finish()
         kl_index[kl_rows] = self._num_completions + np.arange(len(kl_rows))

@@ -156,7 +156,7 @@ def _map_columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def _as_tables(columns: dict[str, np.ndarray], stored: dict[str, Any]) -> Tables:
-    desirable = columns.get("desirable")
+    desirable, completion_index = columns.get("desirable"), columns.get("completion_index")
     return Tables(
         TokenTable(columns["prompt_values"], columns["prompt_offsets"]),
         columns["prompt_index"],
@@ -165,6 +165,7 @@ def _as_tables(columns: dict[str, np.ndarray], stored: dict[str, Any]) -> Tables
         columns.get("kl_index"),
         stored["max_length"],
         stored["digest"],
+        None if completion_index is None else completion_index.reshape(-1, 2),
     )
 
 

@@ -37,6 +37,8 @@ class TokenTable:
 class Tables:
     """Storage of a data set; completions go row by row (chosen, rejected), then the given y' of KTO rows.
 
+    completion_index int64 [n, 2]: where (chosen, rejected) of a row stand, where completions that several
+    pairs share are stored once; None: row by row.
     kl_index int64 [n]: where in `completions` the y' of a row stands, -1 for none. max_length: what a prompt
     and its y' may have together. known_digest: what `digest` is, where that is known.
     """
@@ -48,6 +50,7 @@ class Tables:
     kl_index: np.ndarray | None = None
     max_length: int | None = None
     known_digest: str | None = None
+    completion_index: np.ndarray | None = None
 
     def columns(self) -> dict[str, np.ndarray]:
         """Every array that is there, by name, in a fixed order."""
@@ -59,6 +62,7 @@ class Tables:
             "completion_offsets": self.completions.offsets,
             "desirable": self.desirable,
             "kl_index": self.kl_index,
+            "completion_index": None if self.completion_index is None else self.completion_index.reshape(-1),
         }
         return {name: column for name, column in found.items() if column is not None}
 

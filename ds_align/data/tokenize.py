@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ds_align.data.contents import Content, Message
+from ds_align.data.ranked import Comparisons
 from ds_align.data.readers import BadRow
-from ds_align.data.schemas import Content, Message, Preference
+from ds_align.data.schemas import Preference
 from ds_align.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -37,19 +39,25 @@ BUILTIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 _PROBE = "ds-align-probe-of-the-template"
+# A guard for tokenizers that put a space behind special tokens and take line breaks for spaces.
+_RARE_SIGN = "\u2042"
 # How tokenizers write a space that stands before a word.
 _WORD_SPACES = ("\u2581", "\u0120", " ")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPreference:
-    """Token ids of one preference, uncut; each int32 [num_tokens], completions with their EOS."""
+    """Token ids of one record, uncut; each int32 [num_tokens], completions with their EOS.
+
+    comparisons: as in Preference.
+    """
 
     origin: str
     prompt_ids: np.ndarray
     completion_ids: tuple[np.ndarray, ...]
     desirable: bool | None = None
     kl_ids: np.ndarray | None = None
+    comparisons: Comparisons = ((0, 1),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,7 @@ class PreferenceTokenizer:
                 tuple(answers[:num_completions]),
                 preference.desirable,
                 answers[-1] if len(answers) > num_completions else None,
+                preference.comparisons,
             )
         return [results[index] for index in range(len(preferences))]
 
@@ -248,13 +257,15 @@ class PreferenceTokenizer:
 
     def _find_guard(self) -> str:
         """The first text behind which a word neither gains nor loses a space; the EOS, as a rule."""
-        for guard in (self.tokenizer.eos_token, "\n"):
+        for guard in (self.tokenizer.eos_token, "\n", _RARE_SIGN):
             guard_ids, bare, spaced = self._encode_texts([guard, guard + "a", guard + " a"])
             width = len(guard_ids)
-            if bare[:width] != guard_ids or bare == spaced or len(bare) == width:
+            # An unknown sign takes the unknown signs behind it into its own token.
+            if bare[:width] != guard_ids or bare == spaced or self.tokenizer.unk_token_id in guard_ids:
                 continue
-            first = self.tokenizer.convert_ids_to_tokens(bare[width])
-            if not first.startswith(_WORD_SPACES):
+            # A normaliser that makes a space of the guard would join it to the word.
+            last, *first = self.tokenizer.convert_ids_to_tokens(bare[max(0, width - 1) : width + 1])
+            if first and not first[0].startswith(_WORD_SPACES) and last not in _WORD_SPACES:
                 return guard
         return self.tokenizer.eos_token
 
@@ -288,6 +299,7 @@ def take_token_ids(preference: Preference, vocabulary_size: int | None) -> Encod
         preference.completions,
         preference.desirable,
         preference.kl_completion,
+        preference.comparisons,
     )
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ds_align.data import load_preferences
+from ds_align.data.schemas import Columns
 from tests.data import messy
 
 CORPUS = [
@@ -71,10 +72,11 @@ def settings(tmp_path: Path) -> Callable[..., Any]:
 
     def build(**changes: Any) -> SimpleNamespace:
         fields = {
-            **{
-                f"dataset_{name}_field": name
-                for name in ("prompt", "chosen", "rejected", "completion", "label")
-            },
+            **{f"dataset_{name}_field": name for name in Columns.__dataclass_fields__},
+            "ranked_pairs": "best_worst",
+            "ranked_min_gap": None,
+            "min_score_margin": None,
+            "seed": 42,
             "max_length": 1024,
             "max_prompt_length": None,
             "max_completion_length": None,

@@ -14,6 +14,7 @@ import pytest
 from ds_align.data import build, load_preferences
 from ds_align.data.chunks import ChunkSettings
 from ds_align.data.parallel import EncodingProcesses, num_processes
+from ds_align.data.ranked import PairRules
 from ds_align.data.readers import open_records
 from ds_align.data.schemas import Columns
 from ds_align.data.truncate import Limits
@@ -115,7 +116,7 @@ def test_what_cannot_be_sent_is_done_here_and_said(bpe, settings, tmp_path):
 
 
 def chunk_settings(tokenizer) -> ChunkSettings:
-    return ChunkSettings(tokenizer, None, "pairs", "pairs", Columns(), Limits())
+    return ChunkSettings(tokenizer, None, "pairs", "pairs", Columns(), Limits(), PairRules())
 
 
 def test_a_process_that_dies_is_an_error_and_none_is_left(bpe, tmp_path):

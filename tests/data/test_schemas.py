@@ -176,6 +176,86 @@ def test_layouts_are_recognised_by_the_columns_of_most_rows():
         recognise_layout(rows_of(single), "pairs", Columns(), "d")
 
 
+def test_a_system_prompt_may_have_a_column_of_its_own():
+    plain = {"prompt": [USER], "chosen": [GOOD], "rejected": [WEAK]}
+    assert parse(plain | {"system": SYSTEM["content"]}).prompt == [SYSTEM, USER]
+    assert parse(plain | {"instructions": "x"}, system="instructions").prompt[0]["content"] == "x"
+    for nothing in (None, "", " \n"):
+        assert parse(plain | {"system": nothing}).prompt == [USER]
+    # Said twice it is one; said differently nobody can know which is meant.
+    twice = {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [WEAK]}
+    assert parse(twice | {"system": SYSTEM["content"]}).prompt == [SYSTEM, USER]
+    assert "give two different system messages" in reason(twice | {"system": "Be long."})
+    assert "column 'system' holds int, expected the text of a system message" in reason(plain | {"system": 3})
+    # A string prompt beside answers that are messages is a user turn behind it.
+    mixed = {"prompt": USER["content"], "chosen": [GOOD], "rejected": [WEAK], "system": SYSTEM["content"]}
+    assert parse(mixed).prompt == [SYSTEM, USER]
+
+
+def test_strings_do_not_show_a_system_prompt_or_tools_and_are_counted():
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for extra, number in (
+        ({"system": "x"}, 1),
+        ({"tools": []}, 0),
+        ({"tools": [{}]}, 1),
+        ({"system": ""}, 0),
+    ):
+        row = parse(plain | extra)
+        assert (row.prompt, row.counted.get("strings_with_system_or_tools", 0)) == ("a", number)
+
+
+def test_a_label_may_be_a_kto_tag_unless_its_column_is_named():
+    row = {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        "kto_tag": False,
+    }
+    found = parse(row, "unpaired")
+    assert (found.prompt[0]["content"], found.completions[0][0]["content"], found.desirable) == (
+        "a",
+        "b",
+        False,
+    )
+    assert found.form == "labelled answers as messages (conversations, kto_tag)"
+    assert "column 'good' is missing" in reason(row, "unpaired", label="good")
+    assert "column 'kto_tag' holds 'no'" in reason(row | {"kto_tag": "no"}, "unpaired")
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "form"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs", "pairs (prompt, chosen, rejected)"),
+        (
+            {"conversations": [USER], "chosen": GOOD, "rejected": WEAK, "tools": "[{}]", "system": "x"},
+            "pairs",
+            "pairs as messages (conversations, chosen, rejected, system, tools)",
+        ),
+        ({"chosen": [USER, GOOD], "rejected": [USER, WEAK]}, "pairs", "pairs as messages (chosen, rejected)"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+            "pairs",
+            "pairs of token ids (prompt_ids, chosen_ids, rejected_ids)",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": 1, "kl_completion": "c"},
+            "unpaired",
+            "labelled answers (prompt, completion, label, kl_completion)",
+        ),
+        (
+            {"prompt_ids": [1], "completion_ids": [2], "label": True, "kl_completion_ids": [3]},
+            "unpaired",
+            "labelled token ids (prompt_ids, completion_ids, label, kl_completion_ids)",
+        ),
+        (
+            {"instruction": "a", "answers": [{"answer": "b", "rank": 1}, {"answer": "c", "rank": 2}]},
+            "ranked",
+            "ranked lists (instruction, answers, rank)",
+        ),
+    ],
+)
+def test_what_was_read_is_said_with_the_columns_that_were_used(row, layout, form):
+    assert parse(row | {"annotator": 3}, layout).form == form
+
+
 def test_hazards_are_counted_and_arabic_marks_are_not():
     counts: Counter[str] = Counter()
     for text in ("\u202eabc", "می\u200cروم \u200fنعم\u200e \u061c", "a\0b", "plain"):

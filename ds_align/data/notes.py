@@ -1,0 +1,93 @@
+"""What the user is told of a data set: one line on what became of its rows, and what was decided for him."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ds_align.data.build import LEFT_OUT, DataFields, Tokenized, describe_bad_rows
+from ds_align.data.readers import origin_prefix
+from ds_align.data.schemas import Layout
+
+if TYPE_CHECKING:
+    from ds_align.data.readers import Source
+
+_SHOWN_FORMS = 3
+_COMPARED = {
+    "all": "every two answers",
+    "best_worst": "best against worst",
+    "best_random": "best against one drawn from the worse",
+}
+
+
+def summarise(found: Tokenized, name: str, inputs: Layout, config: DataFields) -> str:
+    """One line: what the rows were read as, with the columns that were used, and what became of them."""
+    counts, forms = found.counts, sorted(found.forms.items(), key=lambda item: -item[1])
+    read = [f"{number:,} {form}" for form, number in forms[:_SHOWN_FORMS]]
+    if len(forms) > _SHOWN_FORMS:
+        read.append(f"{sum(number for _, number in forms[_SHOWN_FORMS:]):,} in other forms")
+    kind = "pairs" if inputs == "pairs" else "labelled answers"
+    parts = [f"{', '.join(read)} -> {counts['rows']:,} {kind}"]
+    if any(form.startswith("ranked") for form in found.forms):
+        parts.append(_COMPARED[config.ranked_pairs])
+    left_out = {"bad_rows": "bad rows", "dropped_equal_pairs": "with equal answers", **LEFT_OUT}
+    left = [f"{counts[key]:,} {words}" for key, words in left_out.items() if counts[key]]
+    if left:
+        parts.append(f"{' and '.join(left)} left out")
+    return f"{name}: {', '.join(parts)}"
+
+
+def describe_decisions(found: Tokenized, name: str, source: Source, config: DataFields) -> tuple[str, ...]:
+    """What was decided for the user, and what he set without effect; a sentence each."""
+    notes, counts = _without_effect(found, name, config), found.counts
+    if counts["bad_rows"]:
+        prefix = origin_prefix(source)
+        shown = [(f"{prefix}{place}", reason) for place, reason in found.shown_bad]
+        notes.append(
+            f"{name}: {counts['bad_rows']} of {counts['rows_read']} rows were left out: "
+            f"{describe_bad_rows(shown, counts['bad_rows'])}"
+        )
+    if counts["builtin_template_rows"]:
+        notes.append(
+            f"{name}: the tokenizer has no chat template; {counts['builtin_template_rows']} conversations "
+            "were written with the built-in one (role headers such as 'User:'); give --chat_template to "
+            "choose another"
+        )
+    if counts["strings_with_system_or_tools"]:
+        notes.append(
+            f"{name}: {counts['strings_with_system_or_tools']} rows are strings and have a system prompt or "
+            "tools in columns of their own, which strings do not show; give message lists to use them, or "
+            "write them into the prompt"
+        )
+    if counts["prompts_not_prefix"]:
+        notes.append(
+            f"{name}: in {counts['prompts_not_prefix']} conversations the chat template's generation prompt "
+            "is not the beginning of the whole; the prompt was taken from the whole conversation"
+        )
+    if counts["pairs_equal_after_cut"]:
+        notes.append(
+            f"{name}: {counts['pairs_equal_after_cut']} pairs differ only in what was cut off, so they teach "
+            "nothing; raise max_length or max_completion_length, or lower max_prompt_length"
+        )
+    if counts["rows_without_kl_completion"]:
+        notes.append(
+            f"{name}: {counts['rows_without_kl_completion']} of {counts['rows']} rows have no y' for KTO's "
+            "z0 (no row has another prompt); they are left out of its mean, and with no row left it is 0"
+        )
+    return tuple(notes)
+
+
+def _without_effect(found: Tokenized, name: str, config: DataFields) -> list[str]:
+    notes = []
+    given = [
+        f"{setting}={getattr(config, setting)}"
+        for setting, usual in (("ranked_pairs", "best_worst"), ("ranked_min_gap", None))
+        if getattr(config, setting) != usual
+    ]
+    if given and not any(form.startswith("ranked") for form in found.forms):
+        notes.append(f"{name}: {', '.join(given)} changes nothing: no row is a ranked list")
+    if config.min_score_margin is not None and not any(form.startswith("pairs") for form in found.forms):
+        notes.append(
+            f"{name}: min_score_margin={config.min_score_margin} changes nothing: no row is a pair with "
+            "scores; for ranked lists there is ranked_min_gap"
+        )
+    return notes
