@@ -33,6 +33,7 @@ REQUIREMENTS = [
     "tqdm>=4.66",
     "PyYAML>=6.0",
     "zstandard>=0.23",
+    "rapidfuzz>=3.9",
 ]
 EXTRAS = {
     "flash": ["flash-attn>=2.8"],

@@ -51,6 +51,7 @@ _BY_OUTCOME = frozenset(
     {
         "chat_template",
         "dataset_path",
+        "deduplicate",
         "ds_config",
         "eval_dataset_path",
         "eval_fraction",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -45,14 +45,16 @@ def load_splits(
 
     Evaluation data is the argument, else eval_dataset_path, else the validation or test split of the training
     data, else rows held out by eval_fraction, else the training rows where eval_steps or eval_on_start asks
-    for evaluations. Raises ConfigError without training data, DataError for data that cannot be used, and
+    for evaluations. config.deduplicate concerns the training data, before rows are held out.
+    Raises ConfigError without training data, DataError for data that cannot be used, and
     where there are fewer training rows than ranks.
     """
     source = train_dataset if train_dataset is not None else config.dataset_path
     if source is None:
         raise ConfigError("dataset_path is missing; give --dataset_path FILE")
     names = available_splits(source, config)
-    train = load(config, tokenizer, source, "train" if "train" in names else None)
+    train_split = "train" if "train" in names else None
+    train = load(config, tokenizer, source, train_split, deduplicate=config.deduplicate)
     evaluation, eval_set = None, None
     given = eval_dataset if eval_dataset is not None else config.eval_dataset_path
     held_out = next((name for name in ("validation", "test") if name in names), None)
@@ -82,11 +84,21 @@ def load_splits(
 
 
 def load(
-    config: BaseConfig, tokenizer: object, source: DataSource, split: str | None = None
+    config: BaseConfig,
+    tokenizer: object,
+    source: DataSource,
+    split: str | None = None,
+    *,
+    deduplicate: Literal["none", "exact", "near"] = "none",
 ) -> PreferenceDataset:
     """Tokenizes one source for the config's method. Raises DataError."""
     return load_preferences(
-        source, tokenizer=tokenizer, inputs=METHODS[config.method].inputs, config=config, split=split
+        source,
+        tokenizer=tokenizer,
+        inputs=METHODS[config.method].inputs,
+        config=config,
+        split=split,
+        deduplicate=deduplicate,
     )
 
 

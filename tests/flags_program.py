@@ -86,6 +86,9 @@ def write_data(work: Path) -> None:
     write_rows(work, pairs, chats)
     ranked = [row | {"prompt": pairs[number % 3]["prompt"]} for number, row in enumerate(pairs)]
     tiny.write_jsonl(work / "ranked.jsonl", ranked)
+    near = pairs[1] | {"chosen": pairs[1]["chosen"].upper()}
+    turned = pairs[2] | {"chosen": pairs[2]["rejected"], "rejected": pairs[2]["chosen"]}
+    tiny.write_jsonl(work / "repeated.jsonl", [*pairs, pairs[0], near, turned])
     # More rows than one process takes at a time.
     tiny.write_jsonl(work / "many.jsonl", tiny.text_pairs(1100))
     (work / "split.json").write_text(json.dumps({"train": pairs, "validation": tiny.text_pairs(5)}))

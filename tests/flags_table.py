@@ -12,6 +12,7 @@ import pytest
 from tests.distributed.tiny import ds_config
 from tests.flags_adapters import ADAPTERS
 from tests.flags_checkpoints import CHECKPOINTS
+from tests.flags_cleaning import CLEANING
 from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect, Refused
 from tests.flags_methods import OWN, SYNC
 from tests.flags_reference import CACHED
@@ -151,6 +152,7 @@ DATA = {
         Refused({"dataset_path": "WORK/bad.jsonl", "on_bad_rows": "skip"}, "max_bad_fraction=0.01"),
         Refused({"max_bad_fraction": 0.1}, "max_bad_fraction=0.1 has no effect"),
     ],
+    **CLEANING,
     "dataset_num_proc": [
         Effect(
             {"dataset_num_proc": 2},

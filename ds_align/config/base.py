@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from ds_align.config.cleaning import CleaningFields
 from ds_align.config.fields import (
     AdapterFields,
     BatchFields,
@@ -44,6 +45,7 @@ class BaseConfig(
     OptimisationFields,
     BatchFields,
     RowFields,
+    CleaningFields,
     DataFields,
     ModelFields,
 ):

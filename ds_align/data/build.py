@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ds_align import distributed
 from ds_align.data.chunks import ChunkSettings, EncodedChunk
+from ds_align.data.deduplicate import Deduplicate, without_duplicates
 from ds_align.data.parallel import CannotShareError, EncodingProcesses, encode_here, num_processes
 from ds_align.data.ranked import PairFields, PairRules
 from ds_align.data.readers import CHUNK_ROWS, RecordSet, open_records, origin_prefix
@@ -56,6 +57,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase | None
     inputs: Layout
     config: DataFields
+    deduplicate: Deduplicate = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Tokenized:
     """Tables of a source, what was counted, and the first bad rows as (place in the source, reason).
 
     forms: what the rows were read as, in words, and how many as each.
+    shown_contradictions: places of the first rows that say the opposite of each other, where that was asked.
     num_processes: how many tokenized; 0: read from `directory`, an entry of the cache. remarks: what the user
     should know of the way, which says nothing of the data.
     """
@@ -74,6 +77,7 @@ class Tokenized:
     directory: Path | None = None
     remarks: tuple[str, ...] = ()
     forms: dict[str, int] = field(default_factory=dict)
+    shown_contradictions: list[list[str]] = field(default_factory=list)
 
 
 def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = None) -> Tokenized:
@@ -93,20 +97,32 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
         Limits.from_config(job.config),
         PairRules.from_config(job.config),
     )
+    read, found = records.num_rows, None
+    if job.deduplicate != "none":
+        found = without_duplicates(records, settings.layout, columns, settings.rules, job.deduplicate)
+        records = found.records
     number = num_processes(job.config.dataset_num_proc, records.num_rows, sharing_ranks=max(1, sharing_ranks))
     with Spool(job.inputs, settings.limits.max_length, directory) as spool:
         number, remarks = _fill(spool, settings, records, number)
         _judge_bad_rows(spool, records, job.config)
         tables = spool.finish()
     counts = {
-        "rows_read": records.num_rows,
+        "rows_read": read,
         "rows": len(tables.prompt_index),
         "bad_rows": spool.num_bad,
         **spool.counts,
+        **({} if found is None else found.counts),
     }
     prefix = origin_prefix(job.source)
+    contradictions = [] if found is None else found.contradictions
     shown = [(row.origin.removeprefix(prefix), row.reason) for row in spool.shown_bad]
-    return Tokenized(tables, counts, shown, number, remarks=remarks, forms=dict(spool.forms))
+    shown_contradictions = [[origin.removeprefix(prefix) for origin in pair] for pair in contradictions]
+    return Tokenized(
+        *(tables, counts, shown, number),
+        remarks=remarks,
+        forms=dict(spool.forms),
+        shown_contradictions=shown_contradictions,
+    )
 
 
 def _fill(

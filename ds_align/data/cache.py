@@ -108,7 +108,10 @@ class TokenCache:
                 facts = entry.facts
                 shown = [(place, reason) for place, reason in facts["shown_bad"]]
                 return Tokenized(
-                    entry.tables, facts["counts"], shown, directory=directory, forms=facts["forms"]
+                    *(entry.tables, facts["counts"], shown),
+                    directory=directory,
+                    forms=facts["forms"],
+                    shown_contradictions=facts["shown_contradictions"],
                 )
             try:
                 return _with_remarks(self._make(job, directory, digest), remarks)
@@ -123,7 +126,12 @@ class TokenCache:
             # These tokens would be found under the hash of what the file was.
             if source_digest(job.source, self.digests) != digest:
                 raise DataError(f"{job.source}: changed while it was read; start again when it is whole")
-            facts = {"counts": made.counts, "shown_bad": made.shown_bad, "forms": made.forms}
+            facts = {
+                "counts": made.counts,
+                "shown_bad": made.shown_bad,
+                "forms": made.forms,
+                "shown_contradictions": made.shown_contradictions,
+            }
             publish_entry(partial, directory, made.tables, facts)
         try:
             entry = read_entry(directory, self.digests)

@@ -16,6 +16,7 @@ import numpy as np
 from ds_align.batch import Pair, Unpaired
 from ds_align.data.build import DataFields, Job
 from ds_align.data.cache import obtain
+from ds_align.data.deduplicate import Deduplicate
 from ds_align.data.notes import describe_decisions, summarise
 from ds_align.data.readers import display_name
 from ds_align.data.schemas import Layout
@@ -137,6 +138,7 @@ def load_preferences(
     inputs: Layout,
     config: DataFields,
     split: str | None = None,
+    deduplicate: Deduplicate = "none",
 ) -> PreferenceDataset:
     """Read, recognise, tokenize and cut the preferences of `source` for a method with these `inputs`.
 
@@ -149,7 +151,7 @@ def load_preferences(
     Raises DataError, naming the first bad rows and their number, unless on_bad_rows is "skip" and at most
     max_bad_fraction of the rows are bad; ConfigError for lengths or a chat template that cannot be used.
     """
-    found = obtain(Job(source, split, tokenizer, inputs, config))
+    found = obtain(Job(source, split, tokenizer, inputs, config, deduplicate))
     name = display_name(source, split)
     return PreferenceDataset(
         name,

@@ -46,6 +46,7 @@ def describe_decisions(found: Tokenized, name: str, source: Source, config: Data
             f"{name}: {counts['bad_rows']} of {counts['rows_read']} rows were left out: "
             f"{describe_bad_rows(shown, counts['bad_rows'])}"
         )
+    notes += _describe_duplicates(found, name, source)
     if counts["builtin_template_rows"]:
         notes.append(
             f"{name}: the tokenizer has no chat template; {counts['builtin_template_rows']} conversations "
@@ -74,6 +75,23 @@ def describe_decisions(found: Tokenized, name: str, source: Source, config: Data
             "z0 (no row has another prompt); they are left out of its mean, and with no row left it is 0"
         )
     return tuple(notes)
+
+
+def _describe_duplicates(found: Tokenized, name: str, source: Source) -> list[str]:
+    counts = found.counts
+    if "duplicates_removed" not in counts:
+        return []
+    exact, near = counts["duplicates_removed"], counts["near_duplicates_removed"]
+    removed = f"{exact + near} of {counts['rows_read']} rows repeat an earlier one and were left out"
+    notes = [f"{name}: {removed} ({exact} equal, {near} nearly equal)"]
+    if counts["contradictory_rows_found"]:
+        prefix = origin_prefix(source)
+        pairs = [" and ".join(f"{prefix}{place}" for place in pair) for pair in found.shown_contradictions]
+        notes.append(
+            f"{name}: {counts['contradictory_rows_found']} rows say the opposite of another one and stay, "
+            f"such as {'; '.join(pairs)}; decide which are right"
+        )
+    return notes
 
 
 def _without_effect(found: Tokenized, name: str, config: DataFields) -> list[str]:

@@ -1,0 +1,129 @@
+"""Rows of a source that repeat others are left out before they are tokenized."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import compress
+from typing import Literal
+
+import numpy as np
+
+from ds_align.data.duplicates import DuplicateReport, scan_duplicates
+from ds_align.data.ranked import PairRules
+from ds_align.data.readers import RecordSet
+from ds_align.data.rows import BadRow, Record, Rows
+from ds_align.data.schemas import Columns, Preference, RowLayout, parse_row
+
+Deduplicate = Literal["none", "exact", "near"]
+
+
+class ParsedRecords:
+    """The preferences of a source that can be read, in file order; anew at each pass, by number after one."""
+
+    def __init__(
+        self, records: RecordSet, layout: RowLayout, columns: Columns, rules: PairRules | None = None
+    ) -> None:
+        self._records = records
+        self._layout = layout
+        self._columns = columns
+        self._rules = rules
+        self._places: array | None = None
+
+    def __iter__(self) -> Iterator[Preference]:
+        places = array("q")
+        for place, record in enumerate(self._records.rows()):
+            preference = self._parse(record)
+            if preference is not None:
+                places.append(place)
+                yield preference
+        self._places = places
+
+    def __getitem__(self, number: int) -> Preference:
+        """The preference with this number among those that can be read."""
+        place = self.places[number]
+        preference = self._parse(next(iter(self._records.part(place, place + 1))))
+        assert preference is not None
+        return preference
+
+    @property
+    def places(self) -> array:
+        """Where in the source each preference stands; known after a whole pass."""
+        assert self._places is not None, "nothing was read yet"
+        return self._places
+
+    def _parse(self, record: Record | BadRow) -> Preference | None:
+        parsed = record
+        if isinstance(record, Record):
+            parsed = parse_row(record, self._layout, self._columns, self._rules)
+        return parsed if isinstance(parsed, Preference) else None
+
+
+class ChosenRows:
+    """Some of other rows, in their order; chosen: bool [len(rows)]."""
+
+    def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
+        self._rows = rows
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return int(self._chosen.sum())
+
+    def __iter__(self) -> Iterator[Record | BadRow]:
+        return compress(self._rows, self._chosen)
+
+    def part(self, start: int, stop: int) -> ChosenRows:
+        """Of the chosen rows those from start to stop."""
+        numbers = np.flatnonzero(self._chosen)[start:stop]
+        if not len(numbers):
+            return ChosenRows(self._rows.part(0, 0), self._chosen[:0])
+        first, last = int(numbers[0]), int(numbers[-1]) + 1
+        return ChosenRows(self._rows.part(first, last), self._chosen[first:last])
+
+
+@dataclass(frozen=True, slots=True)
+class Deduplicated:
+    """A source without its repeats, and what was found in it."""
+
+    records: RecordSet
+    report: DuplicateReport
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a data set's counts say of it."""
+        found = self.report.counts
+        return {
+            "duplicates_removed": found["duplicate"],
+            "near_duplicates_removed": found["near_duplicate"],
+            "contradictory_rows_found": found["contradictory"],
+        }
+
+    @property
+    def contradictions(self) -> list[tuple[str, ...]]:
+        """Origins of the first rows that contradict each other."""
+        return [found.origins for found in self.report.findings if found.kind == "contradictory"]
+
+
+def without_duplicates(
+    records: RecordSet,
+    layout: RowLayout,
+    columns: Columns,
+    rules: PairRules,
+    deduplicate: Literal["exact", "near"],
+) -> Deduplicated:
+    """Leaves out all but the first of each group of (nearly) equal rows; rows that cannot be read stay."""
+    preferences = ParsedRecords(records, layout, columns, rules)
+    report = scan_duplicates(preferences, near=deduplicate == "near")
+    kept = np.ones(records.num_rows, dtype=bool)
+    kept[np.asarray(preferences.places, dtype=np.int64)[report.removable]] = False
+    numbers = np.flatnonzero(kept)
+
+    def part(start: int, stop: int) -> Rows:
+        wanted = numbers[start:stop]
+        if not len(wanted):
+            return records.part(0, 0)
+        first, last = int(wanted[0]), int(wanted[-1]) + 1
+        return ChosenRows(records.part(first, last), kept[first:last])
+
+    return Deduplicated(RecordSet(records.name, len(numbers), part), report)
