@@ -68,7 +68,8 @@ def with_demo(config: BaseConfig) -> BaseConfig:
     The demonstration's settings take the place of defaults only, and it says so. Raises ConfigError where one
     of the two is given without the other.
     """
-    given = {"model_name_or_path": config.model_name_or_path, "dataset_path": config.dataset_path}
+    data = config.dataset_path if config.mixture is None else config.mixture
+    given = {"model_name_or_path": config.model_name_or_path, "dataset_path": data}
     missing = [name for name, value in given.items() if value is None]
     if not missing:
         return config

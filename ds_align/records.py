@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -11,11 +12,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ds_align import checkpoint, distributed
 from ds_align.checkpoint import Checkpoint
 from ds_align.config import BaseConfig
+from ds_align.data import PreferenceDataset
 from ds_align.engine import AlignEngine
 from ds_align.engine.checkpoint_io import Saved
 from ds_align.errors import CheckpointError, ConfigError
@@ -96,6 +99,7 @@ class RunRecords:
             "global_batch_size": engine.global_batch_size,
             "train_rows": len(engine.train_data),
             "data_counts": {name: int(value) for name, value in engine.train_data.counts.items()},
+            **_mixture(engine.train_data),
             "eval_set": engine.eval_set,
             "versions": versions(),
         }
@@ -203,6 +207,19 @@ class RunRecords:
         partial = path.with_suffix(".json.partial")
         partial.write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def _mixture(data: PreferenceDataset) -> dict[str, list[dict]]:
+    """The parts of a mixture; train_rows: those of the part that train, some may be held out."""
+    if not data.parts:
+        return {}
+    train_rows = np.bincount(data.sources, minlength=len(data.parts))
+    return {
+        "mixture": [
+            dataclasses.asdict(part) | {"train_rows": int(number)}
+            for part, number in zip(data.parts, train_rows, strict=True)
+        ]
+    }
 
 
 def _method_fields(config: BaseConfig) -> list[str]:

@@ -11,7 +11,14 @@ import numpy as np
 
 from ds_align import distributed
 from ds_align.config import METHODS, BaseConfig
-from ds_align.data import PreferenceDataset, available_splits, load_preferences
+from ds_align.config.schema import changed
+from ds_align.data import (
+    PreferenceDataset,
+    available_splits,
+    load_mixture,
+    load_preferences,
+    with_choice,
+)
 from ds_align.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -43,23 +50,31 @@ def load_splits(
 ) -> Splits:
     """Reads and tokenizes the training and the evaluation preferences.
 
-    Evaluation data is the argument, else eval_dataset_path, else the validation or test split of the training
-    data, else rows held out by eval_fraction, else the training rows where eval_steps or eval_on_start asks
-    for evaluations. config.deduplicate concerns the training data, before rows are held out.
-    Raises ConfigError without training data, DataError for data that cannot be used, and
-    where there are fewer training rows than ranks.
+    The training data is the argument, else dataset_path, else the mixture. Evaluation data is the argument,
+    else eval_dataset_path, else eval_split or the validation or test split of the training data, else rows
+    held out by eval_fraction, else the training rows where eval_steps or eval_on_start asks for evaluations.
+    config.deduplicate concerns the training data, before rows are held out.
+    Raises ConfigError without training data, DataError for data that cannot be used, and where there are
+    fewer training rows than ranks.
     """
     source = train_dataset if train_dataset is not None else config.dataset_path
-    if source is None:
+    if source is None and config.mixture is None:
         raise ConfigError("dataset_path is missing; give --dataset_path FILE")
-    names = available_splits(source, config)
-    train_split = "train" if "train" in names else None
-    train = load(config, tokenizer, source, train_split, deduplicate=config.deduplicate)
+    if source is None:
+        train, held_out = load_mixture(config, tokenizer, METHODS[config.method].inputs), None
+    else:
+        source = _with_choice(config, source)
+        names = available_splits(source, config)
+        split = config.train_split or ("train" if "train" in names else None)
+        train = load(config, tokenizer, source, split, deduplicate=config.deduplicate)
+        trained = (split or names[0]).partition("[")[0]
+        held_out = config.eval_split or next(
+            (name for name in ("validation", "test") if name in names and name != trained), None
+        )
     evaluation, eval_set = None, None
     given = eval_dataset if eval_dataset is not None else config.eval_dataset_path
-    held_out = next((name for name in ("validation", "test") if name in names), None)
     if given is not None:
-        evaluation, eval_set = load(config, tokenizer, given), "given"
+        evaluation, eval_set = load(config, tokenizer, given, config.eval_split), "given"
     elif held_out is not None:
         evaluation, eval_set = load(config, tokenizer, source, held_out), "split"
     elif config.eval_fraction > 0:
@@ -81,6 +96,16 @@ def load_splits(
             "every rank needs at least one: start fewer processes or give more data"
         )
     return Splits(train, evaluation, eval_set, tuple(dict.fromkeys(messages)))
+
+
+def _with_choice(config: BaseConfig, source: DataSource) -> DataSource:
+    """The source with the config and the revision that the settings name."""
+    if isinstance(source, str | PathLike):
+        return with_choice(source, config.dataset_config_name, config.dataset_revision)
+    names = changed(config, "dataset_config_name", "dataset_revision")
+    if names:
+        raise ConfigError(f"{', '.join(names)} without effect: the data was given itself; leave it out")
+    return source
 
 
 def load(

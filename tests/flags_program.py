@@ -41,6 +41,16 @@ class RemoteModel(Qwen2ForCausalLM):
 """
 
 
+HUB_README = """---
+configs:
+- config_name: many
+  data_files: many/*.jsonl
+- config_name: few
+  data_files: few/*.jsonl
+---
+"""
+
+
 def write_models(work: Path) -> None:
     """policy, reference, other (weights), wide, experts, dropout, swapped (tokenizer), remote (code)."""
     for seed, name in enumerate(("policy", "reference", "other")):
@@ -92,6 +102,10 @@ def write_data(work: Path) -> None:
     # More rows than one process takes at a time.
     tiny.write_jsonl(work / "many.jsonl", tiny.text_pairs(1100))
     (work / "split.json").write_text(json.dumps({"train": pairs, "validation": tiny.text_pairs(5)}))
+    for name, rows in (("many", pairs), ("few", pairs[:4])):
+        (work / "copied_hub" / name).mkdir(parents=True)
+        tiny.write_jsonl(work / "copied_hub" / name / "train.jsonl", rows)
+    (work / "copied_hub" / "README.md").write_text(HUB_README)
     (work / "used").mkdir()
     (work / "used" / "metrics.jsonl").write_text("{}\n")
 
@@ -234,6 +248,7 @@ def read_records(directory: Path) -> dict:
         "evaluations": [row["step"] for row in evaluated],
         "eval_losses": [row["eval_loss"] for row in evaluated],
         "status": summary["status"],
+        "mixture": summary.get("mixture"),
         "run_name": summary["run_name"],
         "reference": summary["reference"],
         "num_steps": summary["num_steps"],

@@ -17,6 +17,7 @@ from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect
 from tests.flags_methods import OWN, SYNC
 from tests.flags_reference import CACHED
 from tests.flags_rows import ROWS
+from tests.flags_sources import SOURCES
 
 
 def longest(part: slice) -> Callable[[dict], int]:
@@ -383,9 +384,8 @@ SYSTEM = {
 }
 
 
-SHARED_FIELDS = (
-    MODEL | ADAPTERS | SYNC | CACHED | DATA | ROWS | BATCH | OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
-)
+SHARED_FIELDS = MODEL | ADAPTERS | SYNC | CACHED | DATA | SOURCES | ROWS | BATCH
+SHARED_FIELDS |= OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
 
 
 def every_entry() -> list[tuple[str, Effect | Refused]]:

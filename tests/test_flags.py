@@ -34,7 +34,8 @@ def run_program(work: Path, cases: list[tuple[str, dict]]) -> dict[str, dict]:
     directory.mkdir()
     process = subprocess.run(
         [sys.executable, str(PROGRAM), str(directory), *map(str, files)],
-        env=environment() | {"HF_MODULES_CACHE": str(work / "modules")},
+        env=environment()
+        | {"HF_MODULES_CACHE": str(work / "modules"), "HF_DATASETS_CACHE": str(work / "datasets")},
         capture_output=True,
         text=True,
         cwd=work,

@@ -138,3 +138,55 @@ def test_what_became_of_the_rows_is_said_first_with_the_method() -> None:
     assert [message for message in held.messages if columns in message] == [
         f"dpo: records (train): 13 pairs of token ids {columns} -> 12 pairs, 1 with equal answers left out"
     ]
+
+
+def write_splits(path) -> str:
+    """train: prompts 0 to 9, validation: 50, 51, test: 60; three rows each."""
+    parts = {"train": records(10), "validation": records(2, first=50), "test": records(1, first=60)}
+    path.write_text(json.dumps(parts), encoding="utf-8")
+    return str(path)
+
+
+def test_the_splits_that_settings_name(tmp_path) -> None:
+    source = write_splits(tmp_path / "data.json")
+
+    def sizes(**settings: object) -> tuple:
+        splits = load_splits(DPOConfig(dataset_path=source, **settings), None)
+        return len(splits.train), splits.evaluation and len(splits.evaluation), splits.eval_set
+
+    assert sizes() == (30, 6, "split")
+    assert sizes(dataset_split="train[:90%]") == (27, 6, "split")
+    assert sizes(dataset_split="train[:90%]", eval_dataset_split="train[90%:]") == (27, 3, "split")
+    assert sizes(dataset_splits=["train[:4]", "test"]) == (4, 3, "split")
+    assert sizes(dataset_splits=["test"]) == (3, 6, "split")
+    # What trains is not what evaluates.
+    assert sizes(dataset_split="validation") == (6, 3, "split")
+    assert sizes(dataset_split="train[:5]", eval_dataset_path=source, eval_dataset_split="test") == (
+        5,
+        3,
+        "given",
+    )
+    with pytest.raises(DataError, match="there is no split 'tets'"):
+        sizes(eval_dataset_split="tets")
+
+
+def test_a_data_set_with_a_test_split_alone_is_not_evaluated_on_itself(tmp_path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"test": records(3)}), encoding="utf-8")
+    splits = load_splits(DPOConfig(dataset_path=path), None)
+    assert (len(splits.train), splits.evaluation) == (9, None)
+
+
+def test_a_mixture_trains_and_an_argument_goes_before_it(tmp_path) -> None:
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for number, path in enumerate(paths):
+        lines = (json.dumps(row) for row in records(4, first=10 * number))
+        path.write_text("\n".join(lines), encoding="utf-8")
+    config = DPOConfig(mixture=[{"path": str(path)} for path in paths], eval_fraction=0.25)
+    splits = load_splits(config, None)
+    assert (len(splits.train), len(splits.evaluation), splits.eval_set) == (18, 6, "held_out")
+    assert sorted({*splits.train.sources, *splits.evaluation.sources}) == [0, 1]
+    assert sum("mixture part" in message for message in splits.messages) == 2
+    assert len(load_splits(config, None, records(2)).train) < 6
+    with pytest.raises(ConfigError, match="dataset_config_name without effect: the data was given itself"):
+        load_splits(DPOConfig(dataset_config_name="en"), None, records(2))

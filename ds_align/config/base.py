@@ -22,6 +22,7 @@ from ds_align.config.fields import (
 from ds_align.config.reference import ReferenceFields
 from ds_align.config.rows import RowFields
 from ds_align.config.schema import Problem, changed, nearest, rule
+from ds_align.config.sources import SourceFields
 
 _REFERENCE_SETTINGS = (
     "ref_model_name",
@@ -46,6 +47,7 @@ class BaseConfig(
     BatchFields,
     RowFields,
     CleaningFields,
+    SourceFields,
     DataFields,
     ModelFields,
 ):

@@ -134,6 +134,9 @@ def _read_flag(flags: Layer, config_class: type[BaseConfig], name: str, texts: l
         )
         return
     text = "true" if texts[-1] is None else texts[-1]
+    if known is not None and get_origin(_item_type(known.annotation)) is dict:
+        _read_yaml(flags, name, text, describe_type(known.annotation, known.metadata))
+        return
     if known is not None and _item_type(known.annotation) is not None:
         text = ",".join(part for part in texts if part is not None)
     if known is None:
@@ -144,11 +147,14 @@ def _read_flag(flags: Layer, config_class: type[BaseConfig], name: str, texts: l
 
 def _read_loss_args(flags: Layer, text: str | None) -> None:
     flags.origins["loss_args"] = "--loss_args"
+    _read_yaml(flags, "loss_args", text or "", "a mapping, as in '{\"beta\": 0.2}'")
+
+
+def _read_yaml(flags: Layer, name: str, text: str, expected: str) -> None:
     try:
-        flags.values["loss_args"] = read_mapping(text or "")
+        flags.values[name] = read_mapping(text)
     except ValueError as error:
-        expected = "expected a mapping, as in '{\"beta\": 0.2}'"
-        flags.problems.append(f"--loss_args: {text!r} is not valid JSON ({error}); {expected}")
+        flags.problems.append(f"--{name}: {text!r} is not valid JSON ({error}); expected {expected}")
 
 
 def parse_text(text: str, annotation: Any) -> Any:

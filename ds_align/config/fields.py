@@ -77,7 +77,9 @@ class DataFields(Schema):
     group: ClassVar[str] = "Data"
 
     dataset_path: PathText | None = Field(
-        None, description="The training preferences. Alias: --dataset_name."
+        None,
+        description="The training preferences: a file, a directory, or org/name of the Hub. Alias: "
+        "--dataset_name.",
     )
     eval_dataset_path: PathText | None = Field(None, description="The preferences that evaluation uses.")
     eval_fraction: ShareBelowOne = Field(

@@ -86,8 +86,8 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
     sharing_ranks: processes of this node that do the same at the same time. Raises DataError and ConfigError
     as load_preferences does.
     """
-    records = open_records(job.source, job.split)
     columns = Columns.from_config(job.config)
+    records = open_records(job.source, job.split, columns=columns)
     settings = ChunkSettings(
         job.tokenizer,
         job.config.chat_template,

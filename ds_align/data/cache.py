@@ -44,7 +44,7 @@ def obtain(job: Job) -> Tokenized:
     setting = job.config.dataset_cache_dir
     if setting in (None, "none") or not isinstance(job.source, str | Path):
         return tokenize_source(job, sharing_ranks=local_ranks)
-    readers.check_path(job.source)
+    readers.check_place(job.source)
     try:
         return TokenCache(cache_directory(setting)).obtain(job)
     except OSError as error:
@@ -58,14 +58,15 @@ def obtain(job: Job) -> Tokenized:
 
 
 def available_splits(source: Source, config: DataFields | None = None) -> list[str]:
-    """Names of the splits of `source`, in file order; a JSONL file and a list have "train" alone.
+    """Names of the splits of `source`, in file order; a file of rows and a list have "train" alone.
 
     config: where the names that a JSON file holds are remembered. Raises DataError like `open_records`.
     """
-    if not isinstance(source, str | Path) or Path(source).suffix.lower() != ".json":
+    if config is None or config.dataset_cache_dir in (None, "none"):
         return readers.available_splits(source)
-    if config is None or config.dataset_cache_dir in (None, "none") or readers.check_path(source).is_dir():
+    if not readers.must_be_read_for_splits(source) or Path(source).is_dir():
         return readers.available_splits(source)
+    readers.check_place(source)
     with contextlib.suppress(OSError):
         return TokenCache(cache_directory(config.dataset_cache_dir)).split_names(source)
     return readers.available_splits(source)

@@ -7,6 +7,7 @@ Equal prompts are stored once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -28,6 +29,23 @@ if TYPE_CHECKING:
     from ds_align.data.readers import Source
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a mixture took of one of its sources.
+
+    rows, available: rows taken, and rows that are there (preferences that can be used); share: of all rows of
+    the mixture. repeated: how many of the rows were taken before.
+    """
+
+    name: str
+    source: str
+    weight: float
+    available: int
+    rows: int
+    share: float
+    repeated: int
+
+
 class PreferenceDataset(Sequence):
     """Tokenized preferences in file order: Pair rows (inputs "pairs") or Unpaired rows (inputs "unpaired").
 
@@ -37,7 +55,8 @@ class PreferenceDataset(Sequence):
     [n] (0 where a row has no y'); prompt_keys int64 [n], equal exactly where the (cut) prompts are equal, in
     order of first appearance, from 0.
     num_processes: how many tokenized the rows; 0: they come from the cache. directory: the entry of the cache
-    whose file the rows are views of; None: they are in memory.
+    whose file the rows are views of; None: they are in memory, or of several entries. parts: those of a
+    mixture, else (); `sources` int64 [n] is the part of each row.
     """
 
     def __init__(
@@ -52,7 +71,9 @@ class PreferenceDataset(Sequence):
         rows: np.ndarray | None = None,
         num_processes: int = 0,
         directory: Path | None = None,
+        parts: tuple[Part, ...] = (),
     ) -> None:
+        self.parts = parts
         self._rows = np.arange(len(tables.prompt_index)) if rows is None else rows
         self.name = name
         self.inputs = inputs
@@ -89,7 +110,19 @@ class PreferenceDataset(Sequence):
             rows=kept,
             num_processes=self.num_processes,
             directory=self.directory,
+            parts=self.parts,
         )
+
+    @property
+    def sources(self) -> np.ndarray:
+        """The number of the part that each row is from, int64 [n]; 0 for all where there are no parts."""
+        ends = np.cumsum([part.available for part in self.parts])
+        return np.searchsorted(ends, self._rows, side="right") if self.parts else np.zeros_like(self._rows)
+
+    @property
+    def tables(self) -> Tables:
+        """The storage, of which these rows may be some."""
+        return self._tables
 
     def digest(self) -> str:
         """A hash of all tokens, labels and y' in row order; equal for equal data, wherever they came from."""
@@ -142,7 +175,7 @@ def load_preferences(
 ) -> PreferenceDataset:
     """Read, recognise, tokenize and cut the preferences of `source` for a method with these `inputs`.
 
-    source: a path (.jsonl, .ndjson, .json, a save_to_disk directory), a list of dicts, a datasets.Dataset or
+    source: a path of what readers.SUPPORTED lists, an id on the Hub, a list of dicts, a datasets.Dataset or
     DatasetDict. tokenizer may be None for rows that are token ids already. Unpaired methods given pairs get
     one desirable and one undesirable example of each, in file order; given ranked lists, each answer once: as
     desirable where it wins more of the list's pairs than it loses. Pairs with equal answers are dropped and

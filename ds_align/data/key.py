@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_align.data.build import Job
+from ds_align.data.directory import file_format
+from ds_align.data.hub import load_with_datasets
 from ds_align.data.ranked import PairRules
-from ds_align.data.readers import check_path
+from ds_align.data.readers import check_place
 from ds_align.data.schemas import Columns
 from ds_align.data.store import FORMAT
 from ds_align.data.tokenize import read_chat_template
@@ -57,11 +59,20 @@ def entry_key(job: Job, source: str) -> str:
 
 def source_digest(source: str | Path, digests: FileDigests) -> str:
     """Hash of a source's content and kind, wherever it lies. Raises DataError where it cannot be a source."""
-    path = check_path(source)
-    if not path.is_dir():
-        return _hash([path.suffix.lower(), digests.digest(path)])
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _hash([[file.relative_to(path).as_posix(), digests.digest(file)] for file in files])
+    place = check_place(source)
+    if place.path is None:
+        tables = load_with_datasets(place)
+        return _hash(
+            {
+                split: [digests.digest(Path(file["filename"])) for file in rows.cache_files]
+                for split, rows in tables.items()
+            }
+        )
+    if not place.path.is_dir():
+        return _hash([*file_format(place.path), digests.digest(place.path)])
+    files = sorted(file for file in place.path.rglob("*") if file.is_file())
+    named = [[file.relative_to(place.path).as_posix(), digests.digest(file)] for file in files]
+    return _hash([place.config, named])
 
 
 def code_digest() -> str:

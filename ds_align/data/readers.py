@@ -1,33 +1,37 @@
-"""Sources to records: JSONL, JSON, `datasets` directories and objects, lists of dicts, and their splits."""
+"""Sources to records: files, directories, the Hub, `datasets` objects and lists; and their splits."""
 
 from __future__ import annotations
 
-import json
 import re
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_align.data.rows import BadRow, JsonlRows, ListRows, Record, Rows, utf8_reason
+from ds_align.data.csv_rows import DELIMITERS, Cells, CsvRows
+from ds_align.data.directory import check_same_columns, file_format, split_files
+from ds_align.data.hub import FORMATS, Place, load_with_datasets, locate
+from ds_align.data.json_lists import json_tables
+from ds_align.data.parquet_rows import ParquetRows
+from ds_align.data.rows import BadRow, JoinedRows, JsonlRows, ListRows, Record, Rows
+from ds_align.data.text_file import TextFile
 from ds_align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+    from ds_align.data.schemas import Columns
+
     Source = str | Path | Sequence[Mapping[str, Any]] | Dataset | DatasetDict
 
 # Rows that are read and tokenized together.
 CHUNK_ROWS = 1024
-JSONL_ENDINGS = (".jsonl", ".ndjson")
-SUPPORTED = ".jsonl, .ndjson, .json, or a directory written by datasets' save_to_disk"
-# A JSON object with one of these keys is a record, not a table of splits.
-RECORD_COLUMNS = ("chosen", "rejected", "completion", "chosen_ids", "rejected_ids", "completion_ids")
-_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+SUPPORTED = (
+    ".jsonl, .ndjson, .json, .csv, .tsv (these also with .gz or .zst), .parquet, a directory of such files "
+    "or one written by datasets' save_to_disk, or org/name on the Hub"
+)
 _SPLIT = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,16 @@ class RecordSet:
             yield from self.part(start, start + CHUNK_ROWS)
 
 
-def open_records(source: Source, split: str | None = None) -> RecordSet:
+def open_records(source: Source, split: str | None = None, *, columns: Columns | None = None) -> RecordSet:
     """Open `source` and select `split` ("train", "validation", "train[:90%]", "train[10:20]").
 
-    Without a split the train split is taken, or the only split there is. Percentages round to the nearest
+    columns: which cells of a CSV file may hold messages or labels; None: those with the usual names. Without
+    a split the train split is taken, or the only split there is. Percentages round to the nearest
     row, so that "train[:90%]" and "train[90%:]" part the rows. Raises DataError for a source or a split that
     does not exist, holds nothing, or has a form that is not read.
     """
     name = _source_name(source)
-    tables = _tables(source, name)
+    tables = _tables(source, name, Cells.from_columns(columns))
     wanted = _SPLIT.fullmatch(split or _default_split(tables, name))
     if wanted is None:
         raise DataError(
@@ -86,15 +91,25 @@ def origin_prefix(source: Source) -> str:
     """What the origins of a source's rows begin with: the path, or "" for a source in memory."""
     if not isinstance(source, str | Path):
         return ""
-    return str(source) if Path(source).is_dir() else str(Path(source))
+    place = locate(source)
+    return str(source) if place.read_by_datasets or place.path.is_dir() else str(place.path)
 
 
 def available_splits(source: Source) -> list[str]:
-    """Names of the splits of `source`, in file order; a JSONL file and a list have "train" alone.
+    """Names of the splits of `source`, in file order; a file of rows and a list have "train" alone.
 
     Raises DataError like `open_records`.
     """
-    return list(_tables(source, _source_name(source)))
+    if isinstance(source, str | Path):
+        place = check_place(source)
+        if not place.read_by_datasets and place.path.is_dir() and not _was_saved(place.path):
+            return list(_split_files(place.path, str(source)))
+    return list(_tables(source, _source_name(source), Cells.from_columns(None)))
+
+
+def must_be_read_for_splits(source: Source) -> bool:
+    """Whether only all of a file says which splits it has: a JSON file may hold one list or several."""
+    return isinstance(source, str | Path) and file_format(Path(source))[0] == ".json"
 
 
 def _source_name(source: Source) -> str:
@@ -127,45 +142,97 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f", the nearest is {match[0]!r}" if match else ""
 
 
-def _tables(source: Source, name: str) -> dict[str, Rows]:
+def _tables(source: Source, name: str, cells: Cells) -> dict[str, Rows]:
     if isinstance(source, list | tuple):
         return {"train": ListRows(source, name)}
     if not isinstance(source, str | Path):
         return _dataset_tables(source, name)
-    path = check_path(source)
-    if path.is_dir():
-        return _directory_tables(path, name)
-    return {"train": JsonlRows(path)} if path.suffix.lower() in JSONL_ENDINGS else _json_tables(path)
+    place = check_place(source)
+    if place.read_by_datasets:
+        return _dataset_tables(load_with_datasets(place), name)
+    if place.path.is_dir():
+        return _directory_tables(place, name, cells)
+    return _file_tables(place.path, cells)
 
 
-def check_path(source: str | Path) -> Path:
-    """The path of a file or directory that may hold preferences. Raises DataError; reads nothing."""
-    name, path = str(source), Path(source)
-    if not path.exists():
+def check_place(source: str | Path) -> Place:
+    """Where preferences lie that a setting names. Raises DataError where none can be; reads nothing."""
+    name, place = str(source), locate(source)
+    if place.path is None or place.read_by_datasets:
+        return place
+    if not place.path.exists():
         raise DataError(f"{name}: no such file or directory; expected {SUPPORTED}; check the path")
-    if path.is_dir():
-        return path
-    ending = path.suffix.lower()
-    if ending not in (*JSONL_ENDINGS, ".json"):
+    if place.config is not None:
+        raise DataError(f"{name}: this directory has no configs in a README.md; leave out {place.config!r}")
+    if place.path.is_dir():
+        return place
+    _check_file(place.path)
+    return place
+
+
+def _check_file(path: Path) -> None:
+    ending, compression = file_format(path)
+    if ending not in FORMATS or (compression and ending == ".parquet"):
         raise DataError(
-            f"{name}: the ending {ending!r} is not read; expected {SUPPORTED}; convert the file to JSONL"
+            f"{path}: the ending {ending + compression!r} is not read; expected {SUPPORTED}; convert the "
+            "file to JSONL"
         )
     if path.stat().st_size == 0:
         raise DataError(
-            f"{name}: the file is empty; expected one JSON object for each preference; check the path"
+            f"{path}: the file is empty; expected one JSON object for each preference; check the path"
         )
-    return path
 
 
-def _directory_tables(path: Path, name: str) -> dict[str, Rows]:
-    if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+def _file_tables(path: Path, cells: Cells) -> dict[str, Rows]:
+    ending, _ = file_format(path)
+    if ending == ".json":
+        return dict(json_tables(TextFile(path)))
+    if ending == ".parquet":
+        return {"train": ParquetRows(path)}
+    if ending in DELIMITERS:
+        return {"train": CsvRows(TextFile(path), cells, DELIMITERS[ending])}
+    return {"train": JsonlRows(TextFile(path))}
+
+
+def _directory_tables(place: Place, name: str, cells: Cells) -> dict[str, Rows]:
+    path = place.path
+    if _was_saved(path):
+        from datasets import load_from_disk
+
+        return _dataset_tables(load_from_disk(str(path)), name)
+    tables: dict[str, Rows] = {}
+    for split, files in _split_files(path, name).items():
+        members = {}
+        for file in files:
+            _check_file(file)
+            members[file] = _only_table(_file_tables(file, cells), file)
+        columns = {file: rows.names for file, rows in members.items() if hasattr(rows, "names")}
+        check_same_columns(columns, name)
+        tables[split] = JoinedRows(list(members.values()))
+    return tables
+
+
+def _was_saved(path: Path) -> bool:
+    return any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
+
+
+def _split_files(path: Path, name: str) -> dict[str, list[Path]]:
+    splits = split_files(path, name)
+    if not splits:
         raise DataError(
-            f"{name}: this directory was not written by datasets' save_to_disk (no dataset_dict.json, no "
-            f"state.json); expected {SUPPORTED}; name the file inside it"
+            f"{name}: this directory holds no data file, and was not written by datasets' save_to_disk (no "
+            f"dataset_dict.json, no state.json); expected {SUPPORTED}; name the file inside it"
         )
-    from datasets import load_from_disk
+    return splits
 
-    return _dataset_tables(load_from_disk(str(path)), name)
+
+def _only_table(tables: dict[str, Rows], file: Path) -> Rows:
+    if list(tables) != ["train"]:
+        raise DataError(
+            f"{file}: holds the splits {', '.join(tables)}; expected one list of rows in a file of a "
+            "directory; name the file itself"
+        )
+    return tables["train"]
 
 
 def _dataset_tables(source: Any, name: str) -> dict[str, Rows]:
@@ -179,111 +246,3 @@ def _dataset_tables(source: Any, name: str) -> dict[str, Rows]:
         f"a data set of type {type(source).__name__} is not read; expected a path, a list of dicts, "
         "a datasets.Dataset or a datasets.DatasetDict"
     )
-
-
-def _json_tables(path: Path) -> dict[str, Rows]:
-    raw = path.read_bytes()
-    start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
-    try:
-        text = raw[start:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {utf8_reason(start + error.start, raw[start + error.start])}") from error
-    del raw
-    try:
-        tables = _parse_json(text, path)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}:{error.colno}: malformed JSON ({error.msg}); expected a list of objects, "
-            "an object of splits, or one object on each line; mend the file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that cannot be read ({error}); mend the file") from error
-    return tables
-
-
-def _parse_json(text: str, path: Path) -> dict[str, Rows]:
-    position = _skip_space(text, 0)
-    if text[position : position + 1] == "[":
-        items, end = _list_items(text, position)
-        _expect_end(text, end)
-        return {"train": _located(items, text, path)}
-    if text[position : position + 1] != "{":
-        if position == len(text):
-            raise DataError(
-                f"{path}: the file is empty; expected one JSON object for each preference; check the path"
-            )
-        raise json.JSONDecodeError("Expecting a list or an object", text, position)
-    splits, end = _object_lists(text, position)
-    # Many published .json files hold one object on each line.
-    if splits is None or _skip_space(text, end) != len(text):
-        return {"train": JsonlRows(path)}
-    return {name: _located(items, text, path) for name, items in splits.items()}
-
-
-def _located(items: list[tuple[int, Any]], text: str, path: Path) -> ListRows:
-    """Rows with the line that each object starts on: newlines counted once from object to object."""
-    lines, line, seen = array("q"), 1, 0
-    for position, _ in items:
-        line += text.count("\n", seen, position)
-        seen = position
-        lines.append(line)
-    return ListRows([value for _, value in items], str(path), lines)
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _JSON_SPACE.match(text, position)
-    assert match is not None
-    return match.end()
-
-
-def _expect_end(text: str, position: int) -> None:
-    end = _skip_space(text, position)
-    if end != len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
-
-
-def _list_items(text: str, position: int) -> tuple[list[tuple[int, Any]], int]:
-    """Items of the list that opens at `position`, each with its own position; and where the list ends."""
-    items: list[tuple[int, Any]] = []
-    position = _skip_space(text, position + 1)
-    if text[position : position + 1] == "]":
-        return items, position + 1
-    while True:
-        value, end = _DECODER.raw_decode(text, position)
-        items.append((position, value))
-        position, closed = _next_item(text, end, "]")
-        if closed:
-            return items, position
-
-
-def _next_item(text: str, position: int, closing: str) -> tuple[int, bool]:
-    position = _skip_space(text, position)
-    mark = text[position : position + 1]
-    if mark == closing:
-        return position + 1, True
-    if mark != ",":
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-    return _skip_space(text, position + 1), False
-
-
-def _object_lists(text: str, position: int) -> tuple[dict[str, list[tuple[int, Any]]] | None, int]:
-    """Splits of the object that opens at `position` (None: it is a record itself); and where it ends."""
-    whole, end = _DECODER.raw_decode(text, position)
-    lists = [
-        key
-        for key, value in whole.items()
-        if isinstance(value, list) and all(isinstance(row, dict) for row in value)
-    ]
-    if not lists or any(column in whole for column in RECORD_COLUMNS):
-        return None, end
-    splits: dict[str, list[tuple[int, Any]]] = {}
-    position, closed = _skip_space(text, position + 1), False
-    while not closed:
-        key, position = _DECODER.raw_decode(text, position)
-        position = _skip_space(text, _skip_space(text, position) + 1)
-        if key in lists:
-            splits[key], position = _list_items(text, position)
-        else:
-            _, position = _DECODER.raw_decode(text, position)
-        position, closed = _next_item(text, position, "}")
-    return splits, end

@@ -1,4 +1,4 @@
-"""Rows where they lie: in lists, Arrow tables and JSONL files, each with its origin.
+"""Rows where they lie: in lists, Arrow tables and files of JSON, each with its origin.
 
 A record keeps where it came from (`file:line`) so that every later complaint can name it. A line that cannot
 be read becomes a BadRow: whether that stops the run is decided where all bad rows are known.
@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, Protocol
 
+from ds_align.data.text_file import TextFile
+
 MAX_LINE_BYTES = 32 * 2**20
+# Offset, size in bytes and line number of each row of a text file.
+Places = tuple[array, array, array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +74,21 @@ class ListRows:
 
 
 class JsonlRows:
-    """A JSONL file: one pass, when it is first needed, finds the lines; each is parsed when it is read."""
+    """JSON objects in a file, each parsed when it is read; places: None for one on each line.
 
-    def __init__(self, path: Path, places: tuple[array, array, array] | None = None) -> None:
-        self._path = path
+    One pass, when it is first needed, finds the lines.
+    """
+
+    def __init__(self, file: TextFile, places: Places | None = None) -> None:
+        self._file = file
         self._places = places
 
-    def _find(self) -> tuple[array, array, array]:
-        """Offset, size and number of each line that is not blank."""
+    def _find(self) -> Places:
+        """The place of each line that is not blank."""
         if self._places is None:
-            offsets, sizes, numbers = self._places = (array("q"), array("q"), array("q"))
+            offsets, sizes, numbers = self._places = no_places()
             offset = 0
-            with self._path.open("rb") as file:
+            with self._file.open() as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         offsets.append(offset)
@@ -93,17 +101,17 @@ class JsonlRows:
         return len(self._find()[0])
 
     def __iter__(self) -> Iterator[Record | BadRow]:
-        with self._path.open("rb") as file:
+        with self._file.open() as file:
             for offset, size, number in zip(*self._find(), strict=True):
                 yield self._read(file, offset, size, number)
 
     def part(self, start: int, stop: int) -> JsonlRows:
         """The places of the rows; who reads them opens the file."""
         offsets, sizes, numbers = self._find()
-        return JsonlRows(self._path, (offsets[start:stop], sizes[start:stop], numbers[start:stop]))
+        return JsonlRows(self._file, (offsets[start:stop], sizes[start:stop], numbers[start:stop]))
 
     def _read(self, file: Any, offset: int, size: int, number: int) -> Record | BadRow:
-        origin = f"{self._path}:{number}"
+        origin = f"{self._file}:{number}"
         if size > MAX_LINE_BYTES:
             return BadRow(
                 origin, f"the line has {size} bytes, at most {MAX_LINE_BYTES} are read; shorten or remove it"
@@ -122,6 +130,43 @@ class JsonlRows:
             return BadRow(f"{origin}:{error.colno}", reason)
         except (ValueError, RecursionError) as error:
             return BadRow(origin, f"JSON that cannot be read ({error}); mend or remove the line")
+
+
+class JoinedRows:
+    """The rows of several sources, one behind the other; each row keeps its own origin."""
+
+    def __init__(self, members: Sequence[Rows]) -> None:
+        self._members = members
+        self._starts: list[int] | None = None
+
+    def _find(self) -> list[int]:
+        """Where each member starts, and where the last one ends."""
+        if self._starts is None:
+            self._starts = [0, *accumulate(map(len, self._members))]
+        return self._starts
+
+    def __len__(self) -> int:
+        return self._find()[-1]
+
+    def __iter__(self) -> Iterator[Record | BadRow]:
+        for member in self._members:
+            yield from member
+
+    def part(self, start: int, stop: int) -> JoinedRows:
+        """Parts of the members that hold these rows."""
+        starts, found = self._find(), []
+        for index in range(max(0, bisect_right(starts, start) - 1), len(self._members)):
+            first, last = starts[index], starts[index + 1]
+            if first >= stop:
+                break
+            if max(start, first) < min(stop, last):
+                found.append(self._members[index].part(max(start, first) - first, min(stop, last) - first))
+        return JoinedRows(found)
+
+
+def no_places() -> Places:
+    """Places of no row yet."""
+    return array("q"), array("q"), array("q")
 
 
 def utf8_reason(offset: int, byte: int) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
+from hashlib import blake2b, sha256
+from itertools import accumulate, pairwise
 
 import numpy as np
+
+_BLOCK_ROWS = 65536
 
 
 class TokenTable:
@@ -33,6 +38,26 @@ class TokenTable:
         return np.diff(self.offsets)
 
 
+class JoinedTable:
+    """Several tables one behind the other, without a copy."""
+
+    def __init__(self, tables: Sequence[TokenTable]) -> None:
+        self._tables = tables
+        self._starts = [0, *accumulate(map(len, tables))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        number = bisect_right(self._starts, index, hi=len(self._tables)) - 1
+        return self._tables[number][index - self._starts[number]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64 [num]."""
+        return np.concatenate([table.lengths for table in self._tables])
+
+
 @dataclass(frozen=True)
 class Tables:
     """Storage of a data set; completions go row by row (chosen, rejected), then the given y' of KTO rows.
@@ -43,9 +68,9 @@ class Tables:
     and its y' may have together. known_digest: what `digest` is, where that is known.
     """
 
-    prompts: TokenTable
+    prompts: TokenTable | JoinedTable
     prompt_index: np.ndarray
-    completions: TokenTable
+    completions: TokenTable | JoinedTable
     desirable: np.ndarray | None = None
     kl_index: np.ndarray | None = None
     max_length: int | None = None
@@ -104,3 +129,56 @@ def mismatched_rows(prompt_keys: np.ndarray) -> np.ndarray:
         return np.full(num_rows, -1, dtype=np.int64)
     following = np.searchsorted(changes, np.arange(num_rows))
     return (changes[following % len(changes)] + 1) % num_rows
+
+
+def join_tables(members: Sequence[Tables]) -> Tables:
+    """The rows of all members, one behind the other, over their own storage; equal prompts become one.
+
+    A row keeps the y' that it has among its member's rows. Reads every prompt once.
+    """
+    unpaired = members[0].desirable is not None
+    shares_completions = any(tables.completion_index is not None for tables in members)
+    parts, extras, kl_index, completion_index = [], [], [], []
+    total = sum(len(tables.prompt_index) for tables in members)
+    start, extra_start = 0, total
+    for tables in members:
+        rows = len(tables.prompt_index)
+        values, offsets = tables.completions.values, tables.completions.offsets
+        # Pairs have no y' behind their completions.
+        parts.append(TokenTable(values, offsets[: rows + 1]) if unpaired else tables.completions)
+        if shares_completions:
+            own = tables.completion_index
+            own = np.arange(2 * rows).reshape(-1, 2) if own is None else own
+            completion_index.append(own + sum(map(len, parts[:-1])))
+        if unpaired:
+            extras.append(TokenTable(values, offsets[rows:]))
+            index = tables.kl_index
+            moved = np.where(index < rows, index + start, index - rows + extra_start)
+            kl_index.append(np.where(index < 0, -1, moved))
+            start, extra_start = start + rows, extra_start + len(extras[-1])
+    starts = np.concatenate(([0], np.cumsum([len(tables.prompts) for tables in members])))
+    firsts = first_appearances(np.concatenate([_content_keys(tables.prompts) for tables in members]))
+    prompt_index = [
+        firsts[tables.prompt_index + first] for tables, first in zip(members, starts[:-1], strict=True)
+    ]
+    return Tables(
+        JoinedTable([tables.prompts for tables in members]),
+        np.concatenate(prompt_index),
+        JoinedTable([*parts, *extras]),
+        np.concatenate([tables.desirable for tables in members]) if unpaired else None,
+        np.concatenate(kl_index) if unpaired else None,
+        members[0].max_length,
+        sha256(" ".join(tables.digest for tables in members).encode()).hexdigest(),
+        np.concatenate(completion_index) if shares_completions else None,
+    )
+
+
+def _content_keys(table: TokenTable) -> np.ndarray:
+    """uint64 [num, 2]: equal where the sequences are equal."""
+    content, found = table.values.data, bytearray()
+    for row in range(0, len(table), _BLOCK_ROWS):
+        # Plain integers: an array's own take several times as long to slice with.
+        bounds = table.offsets[row : row + _BLOCK_ROWS + 1].tolist()
+        for start, stop in pairwise(bounds):
+            found += blake2b(content[start:stop], digest_size=16).digest()
+    return np.frombuffer(found, dtype="<u8").reshape(-1, 2)

@@ -48,6 +48,14 @@ def test_all_ranks_have_the_same_data(facts):
     assert len({rank["digest"] for rank in facts["in memory"]}) == 1
 
 
+def test_all_ranks_have_the_same_mixture(facts):
+    first, second = facts["mixture"]
+    assert first["digest"] == second["digest"] != facts["cold"][0]["digest"]
+    assert sorted(rank["processes"] for rank in facts["mixture"]) == [0, 1]
+    assert "mixture part 'train[:9000]'" in first["notes"][0]
+    assert "3750 rows, 75.00% of all, of 9000 that are there" in second["notes"][0]
+
+
 def test_an_error_reaches_every_rank(facts):
     first, second = facts["bad"]
     assert first["error"] == second["error"]

@@ -134,8 +134,11 @@ def test_control_characters_deep_nesting_and_long_numbers_are_bad_rows(write_jso
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.parquet", b"PAR1", r"the ending '\.parquet' is not read; expected \.jsonl"),
-        ("data.csv", b"a,b", r"the ending '\.csv' is not read"),
+        ("data.arrow", b"ARROW1", r"the ending '\.arrow' is not read; expected \.jsonl"),
+        ("data.txt.gz", b"a", r"the ending '\.txt\.gz' is not read"),
+        ("data.parquet.gz", b"a", r"the ending '\.parquet\.gz' is not read"),
+        ("data.parquet", b"PAR1", "not a whole Parquet file"),
+        ("data.csv", b"prompt,chosen", "is empty; expected at least one preference"),
         ("data.jsonl", b"", "the file is empty"),
         ("data.jsonl", b"\n \n", "is empty"),
         ("data.json", b"  \n", "the file is empty"),

@@ -20,7 +20,10 @@ from ds_align.splits import load_splits
 def load(source: object, cache: Path | str) -> dict:
     """What this rank sees, or the error that reached it."""
     started = time.perf_counter()
-    config = DPOConfig(dataset_cache_dir=str(cache), dataset_num_proc=1, eval_fraction=0.2)
+    settings = {"dataset_cache_dir": str(cache), "dataset_num_proc": 1, "eval_fraction": 0.2}
+    if isinstance(source, dict):
+        settings, source = settings | source, None
+    config = DPOConfig(**settings)
     try:
         data = distributed.agree(lambda: load_splits(config, None, source)).train
     except DsAlignError as error:
@@ -37,9 +40,15 @@ def main() -> None:
     work = Path(next(text for text in sys.argv[1:] if not text.startswith("--local_rank")))
     dist.init_process_group("gloo")
     rows = [{"prompt_ids": [number], "chosen_ids": [1], "rejected_ids": [2]} for number in range(30)]
+    path = str(work / "good.jsonl")
+    mixture = [
+        {"path": path, "split": split, "name": split, "weight": weight}
+        for split, weight in (("train[:9000]", 3), ("train[9000:]", 1))
+    ]
     cases = {
         "cold": (work / "good.jsonl", work / "cache"),
         "warm": (work / "good.jsonl", work / "cache"),
+        "mixture": ({"mixture": mixture, "mixture_rows": 5000}, work / "cache"),
         "none": (work / "good.jsonl", "none"),
         "unusable": (work / "good.jsonl", work / "file" / "cache"),
         "in memory": (rows, work / "cache"),
