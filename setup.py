@@ -39,7 +39,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "bnb": ["bitsandbytes>=0.48"],
     "trl": ["trl>=1.16"],
-    "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.14", "import-linter>=2.3"],
+    "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.14", "import-linter>=2.3"],
 }
 
 ROOT = Path(__file__).resolve().parent

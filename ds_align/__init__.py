@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ds_align.errors import CheckpointError, ConfigError, DataError, DsAlignError, NonFiniteError
 
 if TYPE_CHECKING:
+    from ds_align.arabic import ArabicDialectDatasetProcessor
     from ds_align.config import (
         BaseConfig,
         CPOConfig,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AlignEngine": "ds_align.engine",
+    "ArabicDialectDatasetProcessor": "ds_align.arabic",
     "BaseConfig": "ds_align.config",
     "CPOConfig": "ds_align.config",
     "DPOConfig": "ds_align.config",
@@ -43,6 +45,7 @@ _LAZY = {
 
 __all__ = [
     "AlignEngine",
+    "ArabicDialectDatasetProcessor",
     "BaseConfig",
     "CPOConfig",
     "CheckpointError",

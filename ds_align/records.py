@@ -100,6 +100,7 @@ class RunRecords:
             "train_rows": len(engine.train_data),
             "data_counts": {name: int(value) for name, value in engine.train_data.counts.items()},
             **_mixture(engine.train_data),
+            "dialects": engine.train_data.finding or None,
             "eval_set": engine.eval_set,
             "versions": versions(),
         }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ds_align import distributed
+from ds_align.arabic import DialectSubset
 from ds_align.config import METHODS, BaseConfig
 from ds_align.config.schema import changed
 from ds_align.data import (
@@ -53,7 +54,7 @@ def load_splits(
     The training data is the argument, else dataset_path, else the mixture. Evaluation data is the argument,
     else eval_dataset_path, else eval_split or the validation or test split of the training data, else rows
     held out by eval_fraction, else the training rows where eval_steps or eval_on_start asks for evaluations.
-    config.deduplicate concerns the training data, before rows are held out.
+    deduplicate and dialect_distribution choose among the training rows only, before any are held out.
     Raises ConfigError without training data, DataError for data that cannot be used, and where there are
     fewer training rows than ranks.
     """
@@ -61,12 +62,13 @@ def load_splits(
     if source is None and config.mixture is None:
         raise ConfigError("dataset_path is missing; give --dataset_path FILE")
     if source is None:
-        train, held_out = load_mixture(config, tokenizer, METHODS[config.method].inputs), None
+        train, held_out = _load_mixture(config, tokenizer), None
     else:
         source = _with_choice(config, source)
         names = available_splits(source, config)
         split = config.train_split or ("train" if "train" in names else None)
-        train = load(config, tokenizer, source, split, deduplicate=config.deduplicate)
+        subset = DialectSubset.from_config(config)
+        train = load(config, tokenizer, source, split, subset=subset, deduplicate=config.deduplicate)
         trained = (split or names[0]).partition("[")[0]
         held_out = config.eval_split or next(
             (name for name in ("validation", "test") if name in names and name != trained), None
@@ -87,6 +89,11 @@ def load_splits(
         messages.append(
             f"eval_fraction={config.eval_fraction} holds nothing out: there is evaluation data ({eval_set})"
         )
+    if eval_set == "held_out" and config.dialect_distribution is not None:
+        messages.append(
+            "eval_fraction was held out of the rows that dialect_distribution chose, by prompt; the shares "
+            "of what trains are near to it, not exact: give an eval_dataset_path to have them exact"
+        )
     if evaluation is None and (config.eval_steps is not None or config.eval_on_start):
         evaluation, eval_set = train, "train"
         messages.append("no evaluation data was given; evaluating on the training rows")
@@ -96,6 +103,15 @@ def load_splits(
             "every rank needs at least one: start fewer processes or give more data"
         )
     return Splits(train, evaluation, eval_set, tuple(dict.fromkeys(messages)))
+
+
+def _load_mixture(config: BaseConfig, tokenizer: object) -> PreferenceDataset:
+    if config.dialect_distribution is not None:
+        raise ConfigError(
+            "dialect_distribution chooses the rows of one data set and cannot be had with a mixture; give "
+            "dataset_path, or balance each part beforehand with ArabicDialectDatasetProcessor"
+        )
+    return load_mixture(config, tokenizer, METHODS[config.method].inputs)
 
 
 def _with_choice(config: BaseConfig, source: DataSource) -> DataSource:
@@ -115,8 +131,9 @@ def load(
     split: str | None = None,
     *,
     deduplicate: Literal["none", "exact", "near"] = "none",
+    subset: DialectSubset | None = None,
 ) -> PreferenceDataset:
-    """Tokenizes one source for the config's method. Raises DataError."""
+    """Tokenizes one source for the config's method; subset: its rows. Raises DataError."""
     return load_preferences(
         source,
         tokenizer=tokenizer,
@@ -124,6 +141,7 @@ def load(
         config=config,
         split=split,
         deduplicate=deduplicate,
+        subset=subset,
     )
 
 

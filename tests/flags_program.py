@@ -69,6 +69,18 @@ def write_models(work: Path) -> None:
     (work / "remote" / "remote.py").write_text(REMOTE_CODE)
 
 
+def write_classifier(directory: Path) -> None:
+    """Of texts, with random weights and the policy's tokenizer; knows Egyptian and the standard language."""
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    torch.manual_seed(5)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, **SIZES}
+    names = {"id2label": {0: "egy", 1: "msa"}, "label2id": {"egy": 0, "msa": 1}}
+    config = Qwen2Config(vocab_size=tiny.VOCABULARY, initializer_range=1.0, pad_token_id=0, **shape, **names)
+    Qwen2ForSequenceClassification(config).save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+
+
 def edit_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -99,6 +111,7 @@ def write_data(work: Path) -> None:
     near = pairs[1] | {"chosen": pairs[1]["chosen"].upper()}
     turned = pairs[2] | {"chosen": pairs[2]["rejected"], "rejected": pairs[2]["chosen"]}
     tiny.write_jsonl(work / "repeated.jsonl", [*pairs, pairs[0], near, turned])
+    tiny.write_jsonl(work / "dialects.jsonl", [row | spoken(number) for number, row in enumerate(pairs)])
     # More rows than one process takes at a time.
     tiny.write_jsonl(work / "many.jsonl", tiny.text_pairs(1100))
     (work / "split.json").write_text(json.dumps({"train": pairs, "validation": tiny.text_pairs(5)}))
@@ -108,6 +121,18 @@ def write_data(work: Path) -> None:
     (work / "copied_hub" / "README.md").write_text(HUB_README)
     (work / "used").mkdir()
     (work / "used" / "metrics.jsonl").write_text("{}\n")
+
+
+def spoken(number: int) -> dict:
+    """Columns that say the dialect of a row in several ways; `dialect`: a third is Egyptian."""
+    is_egyptian = number % 3 == 0
+    return {
+        "dialect": "egy" if is_egyptian else "msa",
+        "region": "msa" if number % 4 else "egy",
+        "place": "Cairo" if is_egyptian else "books",
+        "dialect_free": None,
+        "heard": "ازيك دلوقتي" if number % 2 else "هذا هو الكتاب الذي ليس هنا",
+    }
 
 
 def rename(row: dict, field: str) -> dict:
@@ -252,12 +277,14 @@ def read_records(directory: Path) -> dict:
         "run_name": summary["run_name"],
         "reference": summary["reference"],
         "num_steps": summary["num_steps"],
+        "dialects": summary["dialects"] and summary["dialects"]["quotas"],
     }
 
 
 def main() -> None:
     work, cases, results = map(Path, tiny.program_arguments())
     write_models(work)
+    write_classifier(work / "classifier")
     write_data(work)
     # The libraries' objects stay: without them each collection is several times as fast.
     gc.collect()

@@ -190,3 +190,19 @@ def test_a_mixture_trains_and_an_argument_goes_before_it(tmp_path) -> None:
     assert len(load_splits(config, None, records(2)).train) < 6
     with pytest.raises(ConfigError, match="dataset_config_name without effect: the data was given itself"):
         load_splits(DPOConfig(dataset_config_name="en"), None, records(2))
+
+
+def test_a_mixture_is_not_balanced_by_dialect(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in records(4)), encoding="utf-8")
+    config = DPOConfig(mixture=[{"path": str(path)}], dialect_distribution={"egy": 1.0})
+    with pytest.raises(ConfigError, match="cannot be had with a mixture"):
+        load_splits(config, None)
+
+
+def test_repeats_within_a_part_of_a_mixture_are_left_out(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in records(4) * 2), encoding="utf-8")
+    mixture = [{"path": str(path)}]
+    assert len(load_splits(DPOConfig(mixture=mixture), None).train) == 24
+    assert len(load_splits(DPOConfig(mixture=mixture, deduplicate="exact"), None).train) == 12

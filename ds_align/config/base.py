@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ds_align.config.cleaning import CleaningFields
+from ds_align.config.dialects import DialectFields
 from ds_align.config.fields import (
     AdapterFields,
     BatchFields,
@@ -48,6 +49,7 @@ class BaseConfig(
     RowFields,
     CleaningFields,
     SourceFields,
+    DialectFields,
     DataFields,
     ModelFields,
 ):

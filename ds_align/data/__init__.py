@@ -1,9 +1,9 @@
 """Files to token ids: `load_preferences` reads a source into a PreferenceDataset of Pair or Unpaired rows.
 
-The way of a row: readers (source to records) -> schemas (records to preferences) -> tokenize (to ids) ->
-truncate (to length) -> chunks (flat arrays of some rows) -> spool (of all rows) -> store (on disk) ->
-dataset; mixture joins several of those. Each name is loaded at its first use: the processes that tokenize do
-without torch.
+The way of a row: readers (source to records) -> subset (which of them) -> schemas (records to preferences) ->
+tokenize (to ids) -> truncate (to length) -> chunks (flat arrays of some rows) -> spool (of all rows) -> store
+(on disk) -> dataset; mixture joins several of those. Each name is loaded at its first use: the processes that
+tokenize do without torch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ds_align import distributed
 from ds_align.data.chunks import ChunkSettings, EncodedChunk
@@ -16,9 +16,12 @@ from ds_align.data.deduplicate import Deduplicate, without_duplicates
 from ds_align.data.parallel import CannotShareError, EncodingProcesses, encode_here, num_processes
 from ds_align.data.ranked import PairFields, PairRules
 from ds_align.data.readers import CHUNK_ROWS, RecordSet, open_records, origin_prefix
-from ds_align.data.schemas import ColumnFields, Columns, Layout, recognise_layout
+from ds_align.data.rows import BadRow, Record
+from ds_align.data.schemas import ColumnFields, Columns, Layout, parse_row, recognise_layout
 from ds_align.data.spool import Spool
+from ds_align.data.subset import Chosen, Subset
 from ds_align.data.tables import Tables
+from ds_align.data.text_keys import has_equal_answers
 from ds_align.data.truncate import LengthFields, Limits
 from ds_align.errors import DataError
 
@@ -50,7 +53,7 @@ class DataFields(ColumnFields, LengthFields, PairFields, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is tokenized, for whom and how."""
+    """What is tokenized, for whom and how. subset: chooses the rows; None: all of them."""
 
     source: Source
     split: str | None
@@ -58,6 +61,7 @@ class Job:
     inputs: Layout
     config: DataFields
     deduplicate: Deduplicate = "none"
+    subset: Subset | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,8 @@ class Tokenized:
     forms: what the rows were read as, in words, and how many as each.
     shown_contradictions: places of the first rows that say the opposite of each other, where that was asked.
     num_processes: how many tokenized; 0: read from `directory`, an entry of the cache. remarks: what the user
-    should know of the way, which says nothing of the data.
+    should know of the way, which says nothing of the data. notes: what the choice of rows has to say;
+    finding: the same as JSON values.
     """
 
     tables: Tables
@@ -78,6 +83,8 @@ class Tokenized:
     remarks: tuple[str, ...] = ()
     forms: dict[str, int] = field(default_factory=dict)
     shown_contradictions: list[list[str]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    finding: dict[str, Any] = field(default_factory=dict)
 
 
 def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = None) -> Tokenized:
@@ -101,9 +108,12 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
     if job.deduplicate != "none":
         found = without_duplicates(records, settings.layout, columns, settings.rules, job.deduplicate)
         records = found.records
-    number = num_processes(job.config.dataset_num_proc, records.num_rows, sharing_ranks=max(1, sharing_ranks))
+    chosen = _choose(job, records, settings)
+    num_chosen = chosen.records.num_rows
+    number = num_processes(job.config.dataset_num_proc, num_chosen, sharing_ranks=max(1, sharing_ranks))
     with Spool(job.inputs, settings.limits.max_length, directory) as spool:
-        number, remarks = _fill(spool, settings, records, number)
+        number, remarks = _fill(spool, settings, chosen.records, number)
+        # A choice takes every bad row along, so they are held against all rows.
         _judge_bad_rows(spool, records, job.config)
         tables = spool.finish()
     counts = {
@@ -112,6 +122,7 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
         "bad_rows": spool.num_bad,
         **spool.counts,
         **({} if found is None else found.counts),
+        **chosen.counts,
     }
     prefix = origin_prefix(job.source)
     contradictions = [] if found is None else found.contradictions
@@ -122,7 +133,21 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
         remarks=remarks,
         forms=dict(spool.forms),
         shown_contradictions=shown_contradictions,
+        notes=chosen.notes,
+        finding=chosen.finding,
     )
+
+
+def _choose(job: Job, records: RecordSet, settings: ChunkSettings) -> Chosen:
+    """The rows that the job's subset takes of those that can be used and whose answers differ."""
+    if job.subset is None:
+        return Chosen(records)
+
+    def is_usable(record: Record) -> bool:
+        row = parse_row(record, settings.layout, settings.columns, settings.rules)
+        return not isinstance(row, BadRow) and not row.is_left_out and not has_equal_answers(row)
+
+    return job.subset.choose(records, is_usable)
 
 
 def _fill(

@@ -113,6 +113,8 @@ class TokenCache:
                     directory=directory,
                     forms=facts["forms"],
                     shown_contradictions=facts["shown_contradictions"],
+                    notes=tuple(facts["notes"]),
+                    finding=facts["finding"],
                 )
             try:
                 return _with_remarks(self._make(job, directory, digest), remarks)
@@ -132,6 +134,8 @@ class TokenCache:
                 "shown_bad": made.shown_bad,
                 "forms": made.forms,
                 "shown_contradictions": made.shown_contradictions,
+                "notes": made.notes,
+                "finding": made.finding,
             }
             publish_entry(partial, directory, made.tables, facts)
         try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from ds_align.data.deduplicate import Deduplicate
 from ds_align.data.notes import describe_decisions, summarise
 from ds_align.data.readers import display_name
 from ds_align.data.schemas import Layout
+from ds_align.data.subset import Subset
 from ds_align.data.tables import Tables
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class PreferenceDataset(Sequence):
     order of first appearance, from 0.
     num_processes: how many tokenized the rows; 0: they come from the cache. directory: the entry of the cache
     whose file the rows are views of; None: they are in memory, or of several entries. parts: those of a
-    mixture, else (); `sources` int64 [n] is the part of each row.
+    mixture, else (); `sources` int64 [n] is the part of each row. finding: what the choice of the rows found,
+    as JSON values; empty where all rows were taken.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class PreferenceDataset(Sequence):
         num_processes: int = 0,
         directory: Path | None = None,
         parts: tuple[Part, ...] = (),
+        finding: dict[str, Any] | None = None,
     ) -> None:
         self.parts = parts
         self._rows = np.arange(len(tables.prompt_index)) if rows is None else rows
@@ -82,6 +85,7 @@ class PreferenceDataset(Sequence):
         self.summary = summary
         self.num_processes = num_processes
         self.directory = directory
+        self.finding = finding or {}
         self._tables = tables
         self.prompt_keys = tables.prompt_index[self._rows]
         self.prompt_lengths = tables.prompts.lengths[self.prompt_keys]
@@ -111,6 +115,7 @@ class PreferenceDataset(Sequence):
             num_processes=self.num_processes,
             directory=self.directory,
             parts=self.parts,
+            finding=self.finding,
         )
 
     @property
@@ -172,6 +177,7 @@ def load_preferences(
     config: DataFields,
     split: str | None = None,
     deduplicate: Deduplicate = "none",
+    subset: Subset | None = None,
 ) -> PreferenceDataset:
     """Read, recognise, tokenize and cut the preferences of `source` for a method with these `inputs`.
 
@@ -179,20 +185,22 @@ def load_preferences(
     DatasetDict. tokenizer may be None for rows that are token ids already. Unpaired methods given pairs get
     one desirable and one undesirable example of each, in file order; given ranked lists, each answer once: as
     desirable where it wins more of the list's pairs than it loses. Pairs with equal answers are dropped and
-    counted.
+    counted. deduplicate: which rows that repeat an earlier one are dropped, too (scan_duplicates). subset:
+    chooses the rows before they are tokenized; None: all of them.
 
     Raises DataError, naming the first bad rows and their number, unless on_bad_rows is "skip" and at most
     max_bad_fraction of the rows are bad; ConfigError for lengths or a chat template that cannot be used.
     """
-    found = obtain(Job(source, split, tokenizer, inputs, config, deduplicate))
+    found = obtain(Job(source, split, tokenizer, inputs, config, deduplicate, subset))
     name = display_name(source, split)
     return PreferenceDataset(
         name,
         inputs,
         found.tables,
         counts=found.counts,
-        notes=(*found.remarks, *describe_decisions(found, name, source, config)),
+        notes=(*found.remarks, *found.notes, *describe_decisions(found, name, source, config)),
         summary=summarise(found, name, inputs, config),
         num_processes=found.num_processes,
         directory=found.directory,
+        finding=found.finding,
     )

@@ -49,6 +49,7 @@ def entry_key(job: Job, source: str) -> str:
         "limits": asdict(Limits.from_config(config)),
         "rules": asdict(PairRules.from_config(config)),
         "deduplicate": job.deduplicate,
+        "subset": None if job.subset is None else job.subset.key,
         "bad_rows": [config.on_bad_rows, config.max_bad_fraction],
         "tokenizer": None if job.tokenizer is None else _tokenizer_state(job.tokenizer),
         "template": _template(job),

@@ -29,7 +29,10 @@ def test_launch_script_imports_without_running(script):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-@pytest.mark.parametrize("module", ["ds_align", "ds_align.config", "ds_align.errors", "ds_align.demo"])
+@pytest.mark.parametrize(
+    "module",
+    ["ds_align", "ds_align.config", "ds_align.errors", "ds_align.demo", "ds_align.arabic.balance"],
+)
 def test_light_module_imports_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
