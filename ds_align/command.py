@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from ds_align import distributed
 from ds_align.config import BaseConfig
@@ -44,6 +48,47 @@ def wants_debug(argv: Sequence[str]) -> bool:
         return (texts["debug"][-1] or "true").lower() == "true"
     path = texts.get("config", [None])[-1]
     return path is not None and read_yaml(path).values.get("debug") is True
+
+
+def take_json_flag(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without --json, and whether it was there (`--json`, `--json true`, `--json=false`)."""
+    rest: list[str] = []
+    wanted, follows = False, False
+    for text in argv:
+        if text == "--json":
+            wanted, follows = True, True
+        elif text.startswith("--json="):
+            wanted, follows = text.removeprefix("--json=").lower() == "true", False
+        elif follows and text.lower() in ("true", "false"):
+            wanted, follows = text.lower() == "true", False
+        else:
+            rest.append(text)
+            follows = False
+    return rest, wanted
+
+
+@contextlib.contextmanager
+def stdout_alone(*, wanted: bool) -> Iterator[TextIO]:
+    """Gives stdout to the caller alone while open; what anybody prints, a C library too, goes to stderr."""
+    if not wanted:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(kept, "w", encoding="utf-8", closefd=False) as stdout:
+            yield stdout
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def write_json(stdout: TextIO, document: object) -> None:
+    """One JSON document and the end of its line."""
+    stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    stdout.flush()
 
 
 def leave(code: int) -> int:

@@ -87,6 +87,10 @@ class Progress:
             parts.append(f"margin {result['eval_margin']:.4f}")
         self._print(", ".join(parts))
 
+    def note(self, text: str) -> None:
+        """One line between the rows."""
+        self._print(f"note: {text}")
+
     def show_plan(self, batch: GlobalBatch) -> None:
         """What a dry run shows: the first global batch as it would be trained, and one decoded preference."""
         tokens = [micro.num_tokens for micro in batch.micro_batches]

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import resource
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,7 @@ from ds_align.engine import AlignEngine
 from ds_align.engine.checkpoint_io import Saved
 from ds_align.errors import CheckpointError, ConfigError
 from ds_align.kernels import backend
-
-_PACKAGES = ("ds_align", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
+from ds_align.versions import versions
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -103,6 +100,7 @@ class RunRecords:
             "dialects": engine.train_data.finding or None,
             "eval_set": engine.eval_set,
             "versions": versions(),
+            "doctor": [finding.as_json() for finding in engine.findings],
         }
         self._write_summary()
 
@@ -141,6 +139,10 @@ class RunRecords:
             "save_seconds": self.summary.get("save_seconds", 0.0) + saved.seconds,
         }
         self._write_summary()
+
+    def note_remark(self, step: int, text: str) -> None:
+        """Keeps a remark about the figures of a step for the summary."""
+        self.summary.setdefault("remarks", []).append({"step": step, "text": text})
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -285,14 +287,3 @@ def _same_directory(directory: Path, model: str) -> bool:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def versions() -> dict[str, str]:
-    """Versions of python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

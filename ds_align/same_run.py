@@ -16,6 +16,8 @@ _FREE = frozenset(
         "dataset_cache_dir",
         "dataset_num_proc",
         "debug",
+        "doctor",
+        "doctor_models",
         "dry_run",
         "eval_on_start",
         "eval_steps",

@@ -34,13 +34,17 @@ else:
 class Splits:
     """The data of a run.
 
-    eval_set: "given", "split", "held_out", "train" (asked for without evaluation data) or None.
+    eval_set: "given", "split", "held_out", "train" (asked for without evaluation data) or None. train_source,
+    eval_source: (source, split) of the rows, before any were left out; None for a mixture, and where rows
+    that evaluate are not from a source of their own.
     """
 
     train: PreferenceDataset
     evaluation: PreferenceDataset | None
     eval_set: str | None
     messages: tuple[str, ...]
+    train_source: tuple[DataSource, str | None] | None = None
+    eval_source: tuple[DataSource, str | None] | None = None
 
 
 def load_splits(
@@ -62,26 +66,45 @@ def load_splits(
     if source is None and config.mixture is None:
         raise ConfigError("dataset_path is missing; give --dataset_path FILE")
     if source is None:
-        train, held_out = _load_mixture(config, tokenizer), None
+        train, train_source, held_out = _load_mixture(config, tokenizer), None, None
     else:
         source = _with_choice(config, source)
         names = available_splits(source, config)
         split = config.train_split or ("train" if "train" in names else None)
         subset = DialectSubset.from_config(config)
         train = load(config, tokenizer, source, split, subset=subset, deduplicate=config.deduplicate)
+        train_source = (source, split)
         trained = (split or names[0]).partition("[")[0]
         held_out = config.eval_split or next(
             (name for name in ("validation", "test") if name in names and name != trained), None
         )
-    evaluation, eval_set = None, None
+    evaluation, eval_set, eval_source = None, None, None
     given = eval_dataset if eval_dataset is not None else config.eval_dataset_path
     if given is not None:
-        evaluation, eval_set = load(config, tokenizer, given, config.eval_split), "given"
+        eval_source, eval_set = (given, config.eval_split), "given"
     elif held_out is not None:
-        evaluation, eval_set = load(config, tokenizer, source, held_out), "split"
+        eval_source, eval_set = (source, held_out), "split"
     elif config.eval_fraction > 0:
         train, evaluation = _hold_out(train, config)
         eval_set = "held_out"
+    if eval_source is not None:
+        evaluation = load(config, tokenizer, *eval_source)
+    messages = _messages(config, train, evaluation, eval_set)
+    if evaluation is None and (config.eval_steps is not None or config.eval_on_start):
+        evaluation, eval_set = train, "train"
+        messages.append("no evaluation data was given; evaluating on the training rows")
+    if len(train) < distributed.world_size():
+        raise DataError(
+            f"{train.name}: {len(train)} usable rows for {distributed.world_size()} ranks; "
+            "every rank needs at least one: start fewer processes or give more data"
+        )
+    told = tuple(dict.fromkeys(messages))
+    return Splits(train, evaluation, eval_set, told, train_source, eval_source)
+
+
+def _messages(
+    config: BaseConfig, train: PreferenceDataset, evaluation: PreferenceDataset | None, eval_set: str | None
+) -> list[str]:
     read = [data for data in (train, evaluation) if data is not None]
     messages = [f"{config.method}: {data.summary}" for data in read]
     messages += [message for data in read for message in data.notes]
@@ -94,15 +117,7 @@ def load_splits(
             "eval_fraction was held out of the rows that dialect_distribution chose, by prompt; the shares "
             "of what trains are near to it, not exact: give an eval_dataset_path to have them exact"
         )
-    if evaluation is None and (config.eval_steps is not None or config.eval_on_start):
-        evaluation, eval_set = train, "train"
-        messages.append("no evaluation data was given; evaluating on the training rows")
-    if len(train) < distributed.world_size():
-        raise DataError(
-            f"{train.name}: {len(train)} usable rows for {distributed.world_size()} ranks; "
-            "every rank needs at least one: start fewer processes or give more data"
-        )
-    return Splits(train, evaluation, eval_set, tuple(dict.fromkeys(messages)))
+    return messages
 
 
 def _load_mixture(config: BaseConfig, tokenizer: object) -> PreferenceDataset:

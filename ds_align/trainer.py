@@ -19,16 +19,18 @@ from ds_align.config import (
     KTOConfig,
     SimPOConfig,
 )
+from ds_align.doctor import Watch
 from ds_align.engine import AlignEngine, StepResult, checkpoint_io
 from ds_align.engine.init import init_distributed
 from ds_align.errors import NonFiniteError
 from ds_align.evaluate import evaluate
 from ds_align.export import save_model
 from ds_align.progress import Progress
-from ds_align.records import RunRecords, check_output_dir, peak_memory_gb, versions
+from ds_align.records import RunRecords, check_output_dir, peak_memory_gb
 from ds_align.same_run import changed_versions, check_facts, check_settings, settings_of
 from ds_align.splits import DataSource, load
 from ds_align.tally import Tally
+from ds_align.versions import versions
 
 _PLAIN_NAMES = (
     "preference_accuracy",
@@ -109,6 +111,8 @@ class Trainer:
         if found is not None:
             start = found.step
             self._check_facts(found)
+        else:
+            engine.examine_models()
         progress = Progress(engine, self.config)
         for batch in engine.batches(start):
             progress.show_plan(batch)
@@ -150,6 +154,8 @@ class Trainer:
             tally.load(found.state["tally"], checkpoint_io.load(engine, found))
             started -= found.state["seconds"]
             engine.reference_seconds += found.state["reference_seconds"]
+        else:
+            engine.examine_models()
         self.global_step = engine.global_step if found is not None else 0
         records.start(engine, found)
         progress = Progress(engine, self.config)
@@ -182,6 +188,7 @@ class Trainer:
         """All optimizer steps from self.global_step on."""
         engine = self.engine
         facts = checkpoint_io.run_facts(engine) if self.config.save_steps is not None else {}
+        watch = Watch(engine.num_steps, has_reference=engine.reference is not None)
         for global_batch in engine.batches(start=self.global_step):
             for batch in global_batch.micro_batches:
                 output = engine.forward(batch)
@@ -195,6 +202,7 @@ class Trainer:
                 means, counts = self._log(tally, result)
                 records.log(step, global_batch.epoch, means)
                 progress.show(step, means)
+                self._watch(watch, records, progress, means, counts)
                 tally.close_window(means["loss"], counts)
             paused = time.perf_counter()
             if self._is_evaluation_step(step):
@@ -203,6 +211,16 @@ class Trainer:
                 # After the evaluation: what a checkpoint's step has recorded is not computed again.
                 self._save_checkpoint(records, tally, facts, time.perf_counter() - started)
             tally.window.started += time.perf_counter() - paused
+
+    def _watch(
+        self, watch: Watch, records: RunRecords, progress: Progress, means: dict[str, float], counts: dict
+    ) -> None:
+        """Says and keeps what a logged row shows."""
+        if self.config.doctor == "off":
+            return
+        for text in watch.look(self.global_step, means, counts["preferences"]):
+            progress.note(f"step {self.global_step}: {text}")
+            records.note_remark(self.global_step, text)
 
     def _save_checkpoint(self, records: RunRecords, tally: Tally, facts: dict, seconds: float) -> None:
         """Writes the checkpoint of this step. Collective; raises CheckpointError."""

@@ -99,6 +99,8 @@ def write_data(work: Path) -> None:
     tiny.write_jsonl(work / "unpaired.jsonl", singles)
     tiny.write_jsonl(work / "heldout.jsonl", tiny.text_pairs(5))
     tiny.write_jsonl(work / "bad.jsonl", [*pairs, {"prompt": "a row without answers"}])
+    doubled = [row | {"chosen": f"yes <eos> {row['chosen']}"} for row in pairs]
+    tiny.write_jsonl(work / "several_eos.jsonl", doubled)
     for field in ("prompt", "chosen", "rejected"):
         tiny.write_jsonl(work / f"renamed_{field}.jsonl", [rename(row, field) for row in pairs])
     for field in ("completion", "label"):

@@ -17,11 +17,7 @@ HIGH_ADAPTER_LEARNING_RATE = 1e-4
 
 def unwise_settings(config: BaseConfig) -> list[str]:
     """A message for each value outside of its usual range, and for each that cannot have an effect."""
-    messages = [] if config.learning_rate_override else _unwise_learning_rate(config)
-    low, high = config.usual_beta
-    beta = getattr(config, "beta", low)
-    if not low <= beta <= high:
-        messages.append(f"beta={beta:g} is outside the usual range of {config.method}, {low:g} to {high:g}")
+    messages = unwise_learning_rate(config) + unwise_beta(config)
     for name, form in (("robust", "sigmoid"), ("exo_pair", "exo_pair with 0.001")):
         if name in getattr(config, "loss_types", ()) and not config.label_smoothing:
             messages.append(
@@ -39,8 +35,27 @@ def unwise_settings(config: BaseConfig) -> list[str]:
     return messages
 
 
-def _unwise_learning_rate(config: BaseConfig) -> list[str]:
+def unwise_beta(config: BaseConfig) -> list[str]:
+    """A message for a beta, or a target margin over it, outside of what the method is used with."""
+    messages = []
+    low, high = config.usual_beta
+    beta = getattr(config, "beta", low)
+    if not low <= beta <= high:
+        messages.append(f"beta={beta:g} is outside the usual range of {config.method}, {low:g} to {high:g}")
+    ratio = getattr(config, "gamma_beta_ratio", 0.0)
+    if ratio > 1.0:
+        messages.append(
+            f"gamma_beta_ratio={ratio:g} asks for a margin of more than one nat a token; the usual range is "
+            "0 to 1"
+        )
+    return messages
+
+
+def unwise_learning_rate(config: BaseConfig) -> list[str]:
+    """A message for a learning rate above the usual range, unless the user says that it is meant."""
     rate = config.learning_rate
+    if config.learning_rate_override:
+        return []
     if config.trains_adapters:
         if rate <= HIGH_ADAPTER_LEARNING_RATE:
             return []

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from ds_align.config.cleaning import CleaningFields
 from ds_align.config.dialects import DialectFields
+from ds_align.config.doctor import DoctorFields
 from ds_align.config.fields import (
     AdapterFields,
     BatchFields,
@@ -40,6 +41,7 @@ _TRUNCATION_MODES = {"keep_end": "left", "keep_start": "right"}
 
 class BaseConfig(
     SystemFields,
+    DoctorFields,
     CheckpointFields,
     EvaluationFields,
     ReferenceFields,

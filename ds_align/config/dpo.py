@@ -77,7 +77,7 @@ class DPOConfig(BaseConfig):
 
     method: ClassVar[str] = "dpo"
     group: ClassVar[str] = "Method: dpo"
-    usual_beta: ClassVar[tuple[float, float]] = (0.01, 1.0)
+    usual_beta: ClassVar[tuple[float, float]] = (0.01, 0.5)
 
     beta: PositiveNumber = Field(0.1, description=BETA)
     loss_type: LossTypes = Field(

@@ -98,6 +98,22 @@ class PreferenceDataset(Sequence):
             self.completion_lengths = lengths[:stored].reshape(-1, num_completions)[self._rows]
         self.kl_lengths = self._kl_lengths(lengths)
 
+    @property
+    def tables(self) -> Tables:
+        """The storage, which a data set shares with all selections of it."""
+        return self._tables
+
+    @property
+    def completion_index(self) -> np.ndarray:
+        """Where the completions of each row stand in `tables.completions`; int64, like completion_lengths."""
+        num_completions = self.completion_lengths.shape[1]
+        return self._rows[:, None] * num_completions + np.arange(num_completions)
+
+    @property
+    def kl_index(self) -> np.ndarray | None:
+        """Where the y' of each row stands in `tables.completions`, -1 for none; None for pairs."""
+        return None if self._tables.kl_index is None else self._tables.kl_index[self._rows]
+
     def select(self, rows: np.ndarray) -> PreferenceDataset:
         """The rows with these numbers, in their order, over the same storage.
 
@@ -123,11 +139,6 @@ class PreferenceDataset(Sequence):
         """The number of the part that each row is from, int64 [n]; 0 for all where there are no parts."""
         ends = np.cumsum([part.available for part in self.parts])
         return np.searchsorted(ends, self._rows, side="right") if self.parts else np.zeros_like(self._rows)
-
-    @property
-    def tables(self) -> Tables:
-        """The storage, of which these rows may be some."""
-        return self._tables
 
     def digest(self) -> str:
         """A hash of all tokens, labels and y' in row order; equal for equal data, wherever they came from."""

@@ -13,7 +13,9 @@ from ds_align.batch import GlobalBatch, Layout, PackedBatch, TokenScores
 from ds_align.batches import BatchPlanner
 from ds_align.config import METHODS, BaseConfig
 from ds_align.data import PreferenceDataset
+from ds_align.doctor import Finding, messages, unsaid
 from ds_align.engine.cached_reference import CachedReference
+from ds_align.engine.examination import examine_models, examine_start
 from ds_align.engine.init import init_distributed
 from ds_align.engine.load import Reference, load_models
 from ds_align.engine.look_ahead import LookAhead, gather
@@ -50,8 +52,10 @@ class AlignEngine:
         reference: Reference | None,
         layout: Layout,
         messages: Sequence[str] = (),
+        findings: Sequence[Finding] = (),
     ) -> None:
         self.config = config
+        self.findings = list(findings)
         self.spec = METHODS[config.method]
         self.device = device
         self.tokenizer = tokenizer
@@ -105,6 +109,7 @@ class AlignEngine:
         splits = distributed.agree(lambda: load_splits(config, setup.tokenizer, train_dataset, eval_dataset))
         if config.sync_ref_model:
             distributed.agree(lambda: check_can_sync(setup))
+        findings = examine_start(config, setup, splits, device)
         policy, reference = load_models(config, setup, splits, device)
         return cls(
             config,
@@ -114,8 +119,18 @@ class AlignEngine:
             policy=policy,
             reference=reference,
             layout=setup.layout,
-            messages=[*setup.messages, *splits.messages],
+            messages=[*setup.messages, *splits.messages, *messages(unsaid(findings))],
+            findings=findings,
         )
+
+    def examine_models(self) -> None:
+        """Holds policy and reference against each other on a few preferences, before the first step.
+
+        Collective: every rank must call this. Raises DataError where they cannot be what was meant.
+        """
+        found = examine_models(self)
+        self.findings += found
+        self.messages += messages(found)
 
     @property
     def global_batch_size(self) -> int:
