@@ -106,6 +106,8 @@ class PreferenceDataset(Sequence):
     @property
     def completion_index(self) -> np.ndarray:
         """Where the completions of each row stand in `tables.completions`; int64, like completion_lengths."""
+        if self._tables.completion_index is not None:
+            return self._tables.completion_index[self._rows]
         num_completions = self.completion_lengths.shape[1]
         return self._rows[:, None] * num_completions + np.arange(num_completions)
 

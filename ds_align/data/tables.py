@@ -37,6 +37,12 @@ class TokenTable:
         """Tokens of each sequence, int64 [num]."""
         return np.diff(self.offsets)
 
+    @property
+    def pieces(self) -> list[TokenTable]:
+        """The sequences in order as tables whose values are theirs alone; for work on all tokens at once."""
+        start, stop = int(self.offsets[0]), int(self.offsets[-1])
+        return [TokenTable(self.values[start:stop], self.offsets - start)]
+
 
 class JoinedTable:
     """Several tables one behind the other, without a copy."""
@@ -56,6 +62,11 @@ class JoinedTable:
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, int64 [num]."""
         return np.concatenate([table.lengths for table in self._tables])
+
+    @property
+    def pieces(self) -> list[TokenTable]:
+        """As those of a TokenTable."""
+        return [piece for table in self._tables for piece in table.pieces if len(piece)]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ds_align.data import PreferenceDataset, TokenTable
+from ds_align.data.tables import JoinedTable
 from ds_align.data.tokenize import read_chat_template
 from ds_align.doctor.facts import Facts
 from ds_align.doctor.finding import Outcome, Parts
@@ -14,6 +15,7 @@ from ds_align.doctor.finding import Outcome, Parts
 SHIFTED_SHARE = 0.01
 CUT_SHARE = 0.05
 MAX_EXAMPLES = 3
+Table = TokenTable | JoinedTable
 _SHOWN_TOKENS = 8
 
 
@@ -90,7 +92,9 @@ def shifted_boundary(facts: Facts) -> Outcome:
     prompts = [data[row].prompt_ids for row in rows]
     answers = [data.tables.completions[data.completion_index[row, 0]] for row in rows]
     texts = [_decode(tokenizer, ids) for ids in prompts]
-    wholes = [text + _decode(tokenizer, ids) for text, ids in zip(texts, answers, strict=True)]
+    # Decoded as one: the space between two words is nobody's where the tokenizer splits at white space.
+    joined = (np.concatenate(pair) for pair in zip(prompts, answers, strict=True))
+    wholes = [_decode(tokenizer, ids) for ids in joined]
     again, joint = _encode(tokenizer, texts), _encode(tokenizer, wholes)
     judged, shifted = 0, []
     for row, ids, alone, whole in zip(rows, prompts, again, joint, strict=True):
@@ -159,8 +163,7 @@ def spread(num_rows: int, wanted: int) -> list[int]:
 
 
 def _ends_with(data: PreferenceDataset, token: int) -> np.ndarray:
-    table = data.tables.completions
-    return (table.values[table.offsets[1:] - 1] == token)[data.completion_index]
+    return (_lasts(data.tables.completions) == token)[data.completion_index]
 
 
 def _at_limit(facts: Facts) -> np.ndarray:
@@ -172,16 +175,35 @@ def _at_limit(facts: Facts) -> np.ndarray:
     return data.completion_lengths >= limit[:, None]
 
 
-def _count(table: TokenTable, token: int) -> np.ndarray:
+def _count(table: Table, token: int) -> np.ndarray:
     """How often the token stands in each sequence."""
-    return np.add.reduceat((table.values == token).astype(np.int32), table.offsets[:-1])
+    return np.concatenate(
+        [
+            np.add.reduceat((piece.values == token).astype(np.int32), piece.offsets[:-1])
+            for piece in table.pieces
+        ]
+    )
 
 
-def _with_pairs(table: TokenTable, token: int) -> np.ndarray:
+def _firsts(table: Table) -> np.ndarray:
+    """The first token of each sequence."""
+    return np.concatenate([piece.values[piece.offsets[:-1]] for piece in table.pieces])
+
+
+def _lasts(table: Table) -> np.ndarray:
+    """The last token of each sequence."""
+    return np.concatenate([piece.values[piece.offsets[1:] - 1] for piece in table.pieces])
+
+
+def _with_pairs(table: Table, token: int) -> np.ndarray:
     """Which sequences hold the token twice in a row; bool [num]."""
-    places = np.flatnonzero((table.values[:-1] == token) & (table.values[1:] == token))
-    first, second = (np.searchsorted(table.offsets, places + step, side="right") - 1 for step in (0, 1))
-    found = np.zeros(len(table), dtype=bool)
+    return np.concatenate([_piece_with_pairs(piece, token) for piece in table.pieces])
+
+
+def _piece_with_pairs(piece: TokenTable, token: int) -> np.ndarray:
+    places = np.flatnonzero((piece.values[:-1] == token) & (piece.values[1:] == token))
+    first, second = (np.searchsorted(piece.offsets, places + step, side="right") - 1 for step in (0, 1))
+    found = np.zeros(len(piece), dtype=bool)
     found[first[first == second]] = True
     return found
 
@@ -193,8 +215,8 @@ def _rows_with_double_bos(data: PreferenceDataset, bos: int | None, eos: int) ->
     found = _with_pairs(tables.prompts, bos)[data.prompt_keys]
     if bos != eos:
         index, completions = data.completion_index, tables.completions
-        last = tables.prompts.values[tables.prompts.offsets[1:] - 1][data.prompt_keys]
-        first = completions.values[completions.offsets[:-1]][index]
+        last = _lasts(tables.prompts)[data.prompt_keys]
+        first = _firsts(completions)[index]
         found = found | _with_pairs(completions, bos)[index].any(axis=1)
         found = found | ((last == bos) & (first == bos).any(axis=1))
     return np.flatnonzero(found)
