@@ -169,6 +169,7 @@ class GlobalBatch:
     coupled: what a loss that couples the preferences says of each, filled by the engine.
     router_load: float64 [E + 1], that of models.router over the global batch, filled by the engine.
     rank_imbalance: cost of the fullest rank over the mean (see packing.CostModel).
+    reference_seconds: what scoring reference_batches took by this rank's clock, filled by the engine.
     """
 
     step: int
@@ -188,6 +189,7 @@ class GlobalBatch:
     coupled: CoupledTerms | None = None
     router_load: torch.Tensor | None = None
     prepared: bool = False
+    reference_seconds: float = 0.0
 
     def pin_memory(self) -> GlobalBatch:
         """Itself, its tensors and those of its packs in pinned memory."""

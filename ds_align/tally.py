@@ -25,6 +25,7 @@ class Window:
     slots: int = 0
     steps: int = 0
     imbalance: float = 1.0
+    reference_seconds: float = 0.0
     oversized: int = 0
 
     @property
@@ -41,6 +42,8 @@ class Tally:
         self.window = Window()
         self.loss_sum = 0.0
         self.totals: dict[str, float] = {}
+        self.step_seconds = 0.0
+        self.reference_seconds = 0.0
 
     def add(self, output: ForwardOutput, batch: PackedBatch) -> None:
         """Counts one micro-batch."""
@@ -57,15 +60,23 @@ class Tally:
         self.window.steps += 1
         self.window.imbalance = max(self.window.imbalance, batch.rank_imbalance)
         self.window.oversized += batch.num_oversized
+        self.window.reference_seconds += batch.reference_seconds
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """(means, token counts over ranks) of the window. Collective: every rank must call this."""
         counters = ("preferences", "tokens", "unshared_tokens", "padded_tokens", "slots")
         return self.sums.reduce(**{name: getattr(self.window, name) for name in counters})
 
-    def close_window(self, loss: float, counts: dict[str, float]) -> None:
-        """Adds the window, with its mean loss, to the totals and opens the next one."""
-        self.loss_sum += loss * self.window.steps
+    @property
+    def reference_time_fraction(self) -> float:
+        """Share of the time of all closed windows' steps in which this rank scored the reference."""
+        return self.reference_seconds / self.step_seconds if self.step_seconds else 0.0
+
+    def close_window(self, means: dict[str, float], counts: dict[str, float]) -> None:
+        """Adds the window, with its mean loss and step_time in seconds, to the totals; opens the next one."""
+        self.loss_sum += means["loss"] * self.window.steps
+        self.step_seconds += means["step_time"] * self.window.steps
+        self.reference_seconds += self.window.reference_seconds
         self.totals = {name: self.totals.get(name, 0.0) + value for name, value in counts.items()}
         self.sums.reset()
         self.window = Window()
@@ -75,13 +86,16 @@ class Tally:
         return {"loss_sum": self.loss_sum, "totals": self.totals}
 
     def rank_state(self) -> dict[str, Any]:
-        """The open window of this rank: plain values and a tensor."""
+        """The open window of this rank, and its clock: plain values and a tensor."""
         window = dataclasses.asdict(self.window) | {"started": self.window.seconds}
-        return {"window": window, "sums": self.sums.state()}
+        seconds = {"step_seconds": self.step_seconds, "reference_seconds": self.reference_seconds}
+        return {"window": window, "sums": self.sums.state(), **seconds}
 
     def load(self, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
         """Goes on from state() and rank_state()."""
         self.loss_sum, self.totals = state["loss_sum"], dict(state["totals"])
         self.sums.load(rank_state["sums"])
+        self.step_seconds = rank_state["step_seconds"]
+        self.reference_seconds = rank_state["reference_seconds"]
         window = rank_state["window"]
         self.window = Window(**window | {"started": time.perf_counter() - window["started"]})

@@ -153,7 +153,7 @@ class Trainer:
             self._check_facts(found)
             tally.load(found.state["tally"], checkpoint_io.load(engine, found))
             started -= found.state["seconds"]
-            engine.reference_seconds += found.state["reference_seconds"]
+            engine.reference_cache_seconds += found.state["reference_cache_seconds"]
         else:
             engine.examine_models()
         self.global_step = engine.global_step if found is not None else 0
@@ -176,7 +176,8 @@ class Trainer:
             training_loss=training_loss,
             seconds=seconds,
             skipped_steps=engine.num_skipped_steps,
-            reference_time_fraction=engine.reference_seconds / seconds,
+            reference_time_fraction=tally.reference_time_fraction,
+            reference_cache_seconds=engine.reference_cache_seconds,
             tokens_forward=tally.totals.get("tokens", 0.0),
             tokens_padded_equivalent=tally.totals.get("padded_tokens", 0.0),
             peak_memory_gb=memory,
@@ -203,7 +204,7 @@ class Trainer:
                 records.log(step, global_batch.epoch, means)
                 progress.show(step, means)
                 self._watch(watch, records, progress, means, counts)
-                tally.close_window(means["loss"], counts)
+                tally.close_window(means, counts)
             paused = time.perf_counter()
             if self._is_evaluation_step(step):
                 self._evaluate_and_record(records, progress, global_batch.epoch)
@@ -231,7 +232,7 @@ class Trainer:
             "facts": facts,
             "tally": tally.state(),
             "seconds": seconds,
-            "reference_seconds": engine.reference_seconds,
+            "reference_cache_seconds": engine.reference_cache_seconds,
             "versions": versions(),
         }
         saved = checkpoint_io.save(engine, folder, state, tally.rank_state())
@@ -255,6 +256,7 @@ class Trainer:
             "pairs_per_second": counts["preferences"] / seconds,
             "tokens_per_second": counts["tokens"] / seconds,
             "step_time": seconds / window.steps,
+            "reference_time_fraction": window.reference_seconds / seconds,
             "padding_fraction": 1.0 - counts["tokens"] / max(1.0, counts["slots"]),
             "prompt_tokens_shared": counts["unshared_tokens"] - counts["tokens"],
             "rank_imbalance": window.imbalance,

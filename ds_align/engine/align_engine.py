@@ -81,7 +81,7 @@ class AlignEngine:
                 "a global batch of one pair: this loss compares pairs, and has nothing to compare"
             )
         self.world_size = distributed.world_size()
-        self.reference_seconds = 0.0
+        self.reference_cache_seconds = 0.0
         if isinstance(reference, CachedReference):
             self.planner.read_reference = reference.token_logps
             self._note_cache()
@@ -203,11 +203,11 @@ class AlignEngine:
             batch.reference_logps = score_units(
                 batch.reference_batches, self.reference.forward, batch.unit_lengths, self.device
             )
-            self.reference_seconds += time.perf_counter() - started
+            batch.reference_seconds = time.perf_counter() - started
 
     def _note_cache(self) -> None:
         """Takes over what filling the cache took and said."""
-        self.reference_seconds += self.reference.seconds
+        self.reference_cache_seconds += self.reference.seconds
         self.messages += self.reference.messages
         self.reference.seconds, self.reference.messages = 0.0, []
 

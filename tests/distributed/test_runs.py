@@ -33,6 +33,7 @@ LOGGED = {
     "tokens_per_second",
     "step_time",
     "padding_fraction",
+    "reference_time_fraction",
     "prompt_tokens_shared",
     "rank_imbalance",
     "peak_memory_gb",
@@ -52,6 +53,7 @@ SUMMARY = {
     "backend",
     "reference",
     "reference_time_fraction",
+    "reference_cache_seconds",
     "tokens_forward",
     "tokens_padded_equivalent",
     "peak_memory_gb",
@@ -125,6 +127,19 @@ def test_the_summary_has_its_names(out, facts, method):
     by_step = sum(line["loss"] * weight for line, weight in zip(training, (1, 1, 2, 1), strict=True)) / 5
     assert summary["training_loss"] == pytest.approx(by_step, rel=1e-9)
     assert summary["metrics"]["train_loss"] == summary["training_loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_time_of_the_reference_is_a_share_of_the_time_of_the_steps(out, method):
+    summary = json.loads((out / method / "run_summary.json").read_text(encoding="utf-8"))
+    training, _ = metrics_of(out, method)
+    seconds = [line["step_time"] * steps for line, steps in zip(training, (1, 1, 2, 1), strict=True)]
+    reference = [line["reference_time_fraction"] * span for line, span in zip(training, seconds, strict=True)]
+    assert summary["reference_time_fraction"] == pytest.approx(sum(reference) / sum(seconds), rel=1e-9)
+    scored = all(0 < line["reference_time_fraction"] < 1 for line in training)
+    assert scored == (method in ("dpo", "ipo", "kto"))
+    assert scored or summary["reference_time_fraction"] == 0.0
+    assert summary["reference_cache_seconds"] == 0.0
 
 
 @pytest.mark.parametrize("method", METHODS)
