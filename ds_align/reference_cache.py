@@ -10,6 +10,7 @@ at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -36,6 +37,8 @@ _SCHEMA = pa.schema(
 )
 _PART, _PARTIAL = "part-", ".tmp-"
 _ABANDONED_SECONDS = 24 * 3600
+# Enough to notice a disk that is full.
+_PROBE_BYTES = 1 << 16
 
 
 def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
@@ -123,6 +126,20 @@ class _Index:
 
 def _checksum(key: bytes, values: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(values, dtype="<f4").data, zlib.crc32(key))
+
+
+def _write_error(directory: Path, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        advice = "a file stands in its path, give a directory"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        advice = "give a directory that you can write"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free space or give another directory"
+    else:
+        advice = "give another directory"
+    return CheckpointError(
+        f"ref_cache_dir: {directory} cannot be written ({error.strerror or error}); {advice}"
+    )
 
 
 class ReferenceCache:
@@ -217,11 +234,20 @@ class ReferenceCache:
         try:
             self._write_durably(name, batch)
         except OSError as error:
-            raise CheckpointError(
-                f"ref_cache_dir: {self.directory} cannot be written ({error.strerror or error}); free space "
-                "or give another directory"
-            ) from error
+            raise _write_error(self.directory, error) from error
         return name
+
+    def check_writable(self) -> None:
+        """Writes and removes a file where the rows will go. Raises CheckpointError."""
+        probe = self.directory / f"{_PARTIAL}probe-{uuid.uuid4().hex}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        except OSError as error:
+            raise _write_error(self.directory, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
 
     def _write_durably(self, name: str, batch: pa.RecordBatch) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -142,11 +142,28 @@ MISTAKES = {
     "output holds a run": Mistake(
         {"output_dir": "run"}, 2, ("already holds a run", "--overwrite_output_dir")
     ),
+    "cache below a file": Mistake(
+        {"ref_logps": "cache", "ref_cache_dir": "good.jsonl/x"},
+        4,
+        ("ref_cache_dir", "Not a directory", "a file stands in its path, give a directory"),
+    ),
     "dry run into a file": Mistake(
         {"output_dir": "good.jsonl", "dry_run": "true"}, 4, ("is not a directory",)
     ),
     "weights of other layers": Mistake(
         {"model_name_or_path": "more-layers"}, 2, ("12 weights of the model are not in its files",), "weights"
+    ),
+    # The reference is the policy; that its weights do not fit would come next.
+    "adapters' cache below a file": Mistake(
+        {
+            "model_name_or_path": "more-layers",
+            "use_lora": "true",
+            "ref_logps": "cache",
+            "ref_cache_dir": "good.jsonl",
+        },
+        4,
+        ("ref_cache_dir", "a file stands in its path, give a directory"),
+        "weights",
     ),
     "weights of another width": Mistake(
         {"model_name_or_path": "wide"}, 2, ("do not fit config.json", "size mismatch"), "weights"
@@ -245,6 +262,7 @@ def command(place: Path, output: str, flags: dict[str, str | None]) -> list[str]
         "dataset_path",
         "eval_dataset_path",
         "output_dir",
+        "ref_cache_dir",
         "config",
     )
     arguments = []

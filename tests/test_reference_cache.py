@@ -175,6 +175,21 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path
         cache.write_part([row(0)])
 
 
+def test_a_place_is_tried_before_there_is_anything_to_write(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path / "new" / "place", FACTS)
+    cache.check_writable()
+    assert list(cache.directory.iterdir()) == []
+    (tmp_path / "taken").write_text("a file")
+    for place in ("taken", "taken/below"):
+        with pytest.raises(CheckpointError, match=r"ref_cache_dir: .*a file stands in its path, give a dir"):
+            ReferenceCache(tmp_path / place, FACTS).check_writable()
+    # Not even root may make a directory here.
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written \(.*\); give a directory that you can write"
+    ):
+        ReferenceCache(Path("/sys/kernel"), FACTS).check_writable()
+
+
 def _write_many(directory: Path, first: int) -> None:
     for start in range(first, first + 40, 8):
         written(directory, [row(number) for number in range(start, start + 8)])

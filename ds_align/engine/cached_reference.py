@@ -148,6 +148,8 @@ class CachedReference:
         )
         self._warn_of_damage()
         if missing:
+            # Before the model loads: what it computes could not be kept.
+            distributed.agree(self.cache.check_writable)
             scorer = self.make_scorer()
             tokens = self._score_missing(data, np.asarray(missing), scorer)
             scorer.close()

@@ -28,13 +28,7 @@ def load_models(
     written.
     """
     if setup.reference_is_policy:
-        policy = _load_policy(config, setup, splits, device)
-        live = AdaptersOffReference(policy)
-        if config.ref_logps == "live":
-            return policy, live
-        cached = open_cached_reference(config, setup, device, lambda: live)
-        _fill(cached, config, setup, splits)
-        return policy, cached
+        return _load_policy_as_reference(config, setup, splits, device)
     reference = None
     if config.ref_logps == "cache":
         reference = open_cached_reference(config, setup, device, lambda: _load_reference(config, setup))
@@ -44,6 +38,24 @@ def load_models(
     if reference is None and setup.reference_ds_config is not None:
         reference = _load_reference(config, setup)
     return policy, reference
+
+
+def _load_policy_as_reference(
+    config: BaseConfig, setup: Setup, splits: Splits, device: torch.device
+) -> tuple[PolicyEngine, Reference]:
+    if config.ref_logps == "live":
+        policy = _load_policy(config, setup, splits, device)
+        return policy, AdaptersOffReference(policy)
+    loaded: list[PolicyEngine] = []
+
+    def policy_once() -> PolicyEngine:
+        if not loaded:
+            loaded.append(_load_policy(config, setup, splits, device))
+        return loaded[0]
+
+    cached = open_cached_reference(config, setup, device, lambda: AdaptersOffReference(policy_once()))
+    _fill(cached, config, setup, splits)
+    return policy_once(), cached
 
 
 def precompute(config: BaseConfig) -> None:
