@@ -19,6 +19,7 @@ CLOCK = {
     "pairs_per_second",
     "tokens_per_second",
     "step_time",
+    "reference_time_fraction",
     "peak_memory_gb",
     "eval_runtime",
     "eval_samples_per_second",
