@@ -19,11 +19,12 @@ class FileDigests:
     """SHA-256 of files; `memory` is a JSON file that keeps them by path, size and modification time.
 
     Any process may use the same memory: a lost entry only means that a file is read again, and a memory that
-    cannot be read or written is not an error.
+    cannot be read or written is not an error. keep: whether new entries are written into it.
     """
 
-    def __init__(self, memory: Path | None) -> None:
+    def __init__(self, memory: Path | None, *, keep: bool = True) -> None:
         self.memory = memory
+        self.keep = keep
         self._known = {} if memory is None else _read_memory(memory)
 
     def digest(self, path: Path) -> str:
@@ -49,7 +50,7 @@ class FileDigests:
 
     def _remember(self, path: str, entry: list) -> None:
         self._known[path] = entry
-        if self.memory is None:
+        if self.memory is None or not self.keep:
             return
         # Another process may have added its own since this one read the file.
         known = {**_read_memory(self.memory), path: entry}

@@ -237,6 +237,17 @@ class ReferenceCache:
             raise _write_error(self.directory, error) from error
         return name
 
+    def check_place(self) -> None:
+        """check_writable as far as it can be told without writing. Raises CheckpointError."""
+        there = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
+        number = None
+        if not there.is_dir():
+            number = errno.ENOTDIR
+        elif not os.access(there, os.W_OK | os.X_OK):
+            number = errno.EACCES
+        if number is not None:
+            raise _write_error(self.directory, OSError(number, os.strerror(number)))
+
     def check_writable(self) -> None:
         """Writes and removes a file where the rows will go. Raises CheckpointError."""
         probe = self.directory / f"{_PARTIAL}probe-{uuid.uuid4().hex}"

@@ -111,8 +111,9 @@ class Trainer:
         if found is not None:
             start = found.step
             self._check_facts(found)
-        else:
+        elif engine.reference is None or engine.reference.kind != "cache":
             engine.examine_models()
+        engine.plan_only()
         progress = Progress(engine, self.config)
         for batch in engine.batches(start):
             progress.show_plan(batch)

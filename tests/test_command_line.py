@@ -334,6 +334,16 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(place: Path, endings: dict[
     assert "<eos>'" in ending["out"]
 
 
+def test_a_dry_run_counts_what_the_cache_lacks_and_scores_nothing(place: Path) -> None:
+    flags = {"dry_run": "true", "ref_logps": "cache", "ref_cache_dir": "cold"}
+    (ending,) = run_several([(command(place, "out-dry", flags), None, None)])
+    assert ending["code"] == 0, ending["err"]
+    # One step of two of the three rows.
+    assert "reference cache: 2 of 2 rows are missing in" in ending["out"]
+    assert "0 reference pack(s)" in ending["out"]
+    assert not (place / "cold").exists()
+
+
 def test_a_failed_run_can_be_mended_and_a_finished_one_is_kept(place: Path) -> None:
     again = command(place, "life", {"dataset_path": "late.jsonl"})
     gone = command(place, "life", {"dataset_path": "missing.jsonl"})

@@ -99,3 +99,15 @@ def test_several_files_are_told_apart_by_name_and_content_not_by_place(tmp_path:
     assert digests.digest_all(reversed(made("second", a="1", b="2"))) == first
     assert digests.digest_all(made("third", a="2", b="1")) != first
     assert digests.digest_all(made("fourth", a="1", c="2")) != first
+
+
+def test_a_memory_that_is_only_read_stays_as_it_is(file: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "kept" / "files.json"
+    assert FileDigests(memory, keep=False).digest(file) == sha(b"one")
+    assert not memory.parent.exists()
+    FileDigests(memory).digest(file)
+    known = memory.read_bytes()
+    file.write_bytes(b"other")
+    settle(file)
+    assert FileDigests(memory, keep=False).digest(file) == sha(b"other")
+    assert memory.read_bytes() == known

@@ -181,8 +181,11 @@ def test_a_place_is_tried_before_there_is_anything_to_write(tmp_path: Path) -> N
     assert list(cache.directory.iterdir()) == []
     (tmp_path / "taken").write_text("a file")
     for place in ("taken", "taken/below"):
-        with pytest.raises(CheckpointError, match=r"ref_cache_dir: .*a file stands in its path, give a dir"):
-            ReferenceCache(tmp_path / place, FACTS).check_writable()
+        for check in (ReferenceCache.check_writable, ReferenceCache.check_place):
+            with pytest.raises(CheckpointError, match=r"ref_cache_dir: .*a file stands in its path, give a"):
+                check(ReferenceCache(tmp_path / place, FACTS))
+    ReferenceCache(tmp_path / "unmade", FACTS).check_place()
+    assert not (tmp_path / "unmade").exists()
     # Not even root may make a directory here.
     with pytest.raises(
         CheckpointError, match=r"cannot be written \(.*\); give a directory that you can write"

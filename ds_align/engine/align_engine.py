@@ -149,6 +149,11 @@ class AlignEngine:
         """
         return self.planner.batches(self.train_data, start)
 
+    def plan_only(self) -> None:
+        """From here on `batches` reads nothing of a cached reference; they can be looked at, not trained."""
+        if isinstance(self.reference, CachedReference):
+            self.planner.read_reference = self.reference.no_logps
+
     def evaluation_batches(self, data: PreferenceDataset) -> Iterator[GlobalBatch]:
         """A data set in file order, per_device_eval_batch_size preferences a rank at a time."""
         if isinstance(self.reference, CachedReference):

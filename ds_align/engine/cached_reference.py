@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def open_cached_reference(
     def facts() -> dict[str, object] | None:
         if not distributed.is_main():
             return None
-        digests = FileDigests(directory / "files.json")
+        digests = FileDigests(directory / "files.json", keep=not config.dry_run)
         starts_adapted = setup.reference_is_policy and setup.adapters.keeps_start
         return {
             "model": model_digest(source, digests),
@@ -132,6 +133,11 @@ class CachedReference:
             )
         return torch.from_numpy(found)
 
+    def no_logps(self, table: PreferenceTable, units: Sequence[int]) -> torch.Tensor:
+        """token_logps for a plan that is only looked at: all NaN."""
+        del units
+        return torch.full((sum(len(ids) for ids in table.completions),), math.nan)
+
     def fill(self, data: PreferenceDataset, rows: np.ndarray | None = None) -> None:
         """Scores what the cache lacks of a data set; loads the reference only if something is missing.
 
@@ -142,10 +148,7 @@ class CachedReference:
             return
         started = time.perf_counter()
         wanted = np.arange(len(data)) if rows is None else rows
-        # One rank looks, so that all agree even where another run is writing at this moment.
-        missing = distributed.broadcast_object(
-            [row for row in wanted if not self._is_whole(data[int(row)])] if distributed.is_main() else None
-        )
+        missing = self._find_missing(data, wanted)
         self._warn_of_damage()
         if missing:
             # Before the model loads: what it computes could not be kept.
@@ -160,13 +163,38 @@ class CachedReference:
                 f"{time.perf_counter() - started:.1f} s ({tokens} tokens), kept in {self.cache.directory}"
             )
         else:
-            self.messages.append(
-                f"reference cache: all {len(wanted)} rows are in {self.cache.directory}; "
-                "no reference is needed"
-            )
+            self._say_nothing_is_missing(len(wanted))
         if rows is None:
             self._filled.add(data)
         self.seconds += time.perf_counter() - started
+
+    def report_missing(self, data: PreferenceDataset, rows: np.ndarray | None = None) -> None:
+        """Says what fill would score; loads, computes and writes nothing.
+
+        Collective: every rank must call this. Raises CheckpointError where fill could not write.
+        """
+        wanted = np.arange(len(data)) if rows is None else rows
+        missing = self._find_missing(data, wanted)
+        self._warn_of_damage(set_aside=False)
+        if missing:
+            distributed.agree(self.cache.check_place)
+            self.messages.append(
+                f"reference cache: {len(missing)} of {len(wanted)} rows are missing in "
+                f"{self.cache.directory}; they would be scored first"
+            )
+        else:
+            self._say_nothing_is_missing(len(wanted))
+
+    def _say_nothing_is_missing(self, num_rows: int) -> None:
+        self.messages.append(
+            f"reference cache: all {num_rows} rows are in {self.cache.directory}; no reference is needed"
+        )
+
+    def _find_missing(self, data: PreferenceDataset, wanted: np.ndarray) -> list[int]:
+        # One rank looks, so that all agree even where another run is writing at this moment.
+        return distributed.broadcast_object(
+            [row for row in wanted if not self._is_whole(data[int(row)])] if distributed.is_main() else None
+        )
 
     def _is_whole(self, row: Pair | Unpaired) -> bool:
         if isinstance(row, Pair):
@@ -185,7 +213,7 @@ class CachedReference:
             if self.cache.find(_key(table, unit), len(ids)) is None
         ]
 
-    def _warn_of_damage(self) -> None:
+    def _warn_of_damage(self, *, set_aside: bool = True) -> None:
         damaged = distributed.broadcast_object(sorted(set(self.cache.damaged)))
         if damaged:
             self.messages.append(
@@ -193,7 +221,7 @@ class CachedReference:
                 f"{'; '.join(damaged[:3])}"
             )
         self.cache.damaged.clear()
-        if distributed.is_main():
+        if set_aside and distributed.is_main():
             self.cache.set_aside()
 
     def _score_missing(self, data: PreferenceDataset, rows: np.ndarray, scorer: Scorer) -> int:

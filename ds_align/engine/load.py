@@ -73,9 +73,10 @@ def precompute(config: BaseConfig) -> None:
         return _load_reference(config, setup)
 
     cached = open_cached_reference(config, setup, device, load)
+    fill = cached.report_missing if config.dry_run else cached.fill
     for data in (splits.train, splits.evaluation):
         if data is not None:
-            cached.fill(data)
+            fill(data)
     if distributed.is_main():
         for message in [*setup.messages, *splits.messages, *cached.messages]:
             print(message, flush=True)
@@ -87,9 +88,11 @@ def _fill(cached: CachedReference, config: BaseConfig, setup: Setup, splits: Spl
     wanted = None
     if planner.num_steps(len(splits.train)) * planner.global_batch_size < len(splits.train):
         wanted = np.sort(np.concatenate(list(planner.rows_by_step(splits.train))))
-    cached.fill(splits.train, wanted)
+    # A dry run needs no reference to know what is missing, and writes nothing.
+    fill = cached.report_missing if config.dry_run else cached.fill
+    fill(splits.train, wanted)
     if splits.evaluation is not None:
-        cached.fill(splits.evaluation)
+        fill(splits.evaluation)
 
 
 def _load_policy(config: BaseConfig, setup: Setup, splits: Splits, device: torch.device) -> PolicyEngine:
