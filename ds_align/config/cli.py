@@ -34,10 +34,11 @@ RUN_FLAGS = {
     "local_rank": "Set by the deepspeed launcher.",
     "help": "Show this and stop; with --method, the settings of that method alone.",
 }
-DESCRIPTION = (
-    "Train a language model from preferences. Defaults < --config file < flags; a flag given twice counts as "
-    "last given. `--flag` alone means true; dashes and underscores are the same."
+FLAG_RULES = (
+    "Defaults < --config file < flags; a flag given twice counts as last given. `--flag` alone means true; "
+    "dashes and underscores are the same."
 )
+DESCRIPTION = f"Train a language model from preferences. {FLAG_RULES}"
 
 
 @dataclass(slots=True)
@@ -48,16 +49,17 @@ class Tokens:
     problems: list[str] = field(default_factory=list)
 
 
-def parse_command_line(argv: Sequence[str]) -> BaseConfig:
+def parse_command_line(argv: Sequence[str], *, description: str = DESCRIPTION) -> BaseConfig:
     """Build the configuration of the chosen method from `argv` (without the program's name).
 
     The method comes from --method or from `method:` in the --config file; flags win over the file.
-    Prints help and raises SystemExit(0) for --help. Raises ConfigError with every error at once.
+    Prints help, headed by description, and raises SystemExit(0) for --help. Raises ConfigError with every
+    error at once.
     """
     tokens = split_flags(argv)
     if "help" in tokens.texts:
         name = _text(tokens, "method")
-        print_help(find_method(name) if name is not None and ":" in name else name)
+        print_help(find_method(name) if name is not None and ":" in name else name, description)
         raise SystemExit(EXIT_DONE)
     flags = Layer(problems=tokens.problems)
     for name in ("method", "config"):
@@ -199,7 +201,7 @@ def _kinds(annotation: Any) -> set[Any]:
     return {str} if origin is Literal else {annotation}
 
 
-def print_help(method: str | None) -> None:
+def print_help(method: str | None, description: str = DESCRIPTION) -> None:
     """Print every flag, grouped by theme, with its default; of one method, or of all where it is None."""
     chosen = [method] if method in METHODS else list(METHODS)
     sections = {"Run": [_help_line(name, text) for name, text in RUN_FLAGS.items()]}
@@ -217,7 +219,7 @@ def print_help(method: str | None) -> None:
             sections.setdefault(field_group(config_class, key), []).append(_help_line(key, text))
     formatter = argparse.HelpFormatter(Path(sys.argv[0]).name, max_help_position=34, width=110)
     formatter.add_text("usage: %(prog)s --method METHOD [--config FILE] [--FLAG VALUE ...]")
-    formatter.add_text(DESCRIPTION)
+    formatter.add_text(description)
     for title, lines in sections.items():
         formatter.start_section(title)
         formatter.add_arguments(lines)
