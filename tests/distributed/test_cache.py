@@ -100,6 +100,14 @@ def test_a_reference_is_loaded_where_and_only_where_something_is_missing(results
     assert results["short first"]["loads_with_evaluation"] == 2
 
 
+def test_a_cache_takes_its_time_before_the_steps_and_none_inside_of_them(results: dict) -> None:
+    live, first, second = (results[f"dpo {which}"] for which in ("live", "first", "second"))
+    assert live["cache_seconds"] == 0.0
+    assert all(seconds > 0 for seconds in live["step_seconds"])
+    assert first["step_seconds"] == second["step_seconds"] == [0.0] * len(live["step_seconds"])
+    assert first["cache_seconds"] > second["cache_seconds"] > 0
+
+
 def test_kto_shares_the_pairs_and_adds_its_mismatched_completions(results: dict) -> None:
     scored, needed = scored_rows(results["kto first"])
     assert needed == 42

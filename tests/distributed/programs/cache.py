@@ -60,6 +60,7 @@ def run(config: BaseConfig, data: list[dict], other: list[dict] | None = None) -
     loads.clear()
     engine = AlignEngine.from_config(config, train_dataset=data)
     found = {"kind": engine.reference.kind, "losses": [], "messages": list(engine.messages)}
+    found |= {"cache_seconds": engine.reference_cache_seconds, "step_seconds": []}
     for global_batch in engine.batches():
         loss = torch.zeros(1, dtype=torch.float64)
         for batch in global_batch.micro_batches:
@@ -67,6 +68,7 @@ def run(config: BaseConfig, data: list[dict], other: list[dict] | None = None) -
             engine.backward(output.losses.sum(), global_count=global_batch.num_preferences)
             loss += output.losses.detach().sum().cpu()
         engine.step()
+        found["step_seconds"].append(global_batch.reference_seconds)
         found["losses"].append((distributed.all_reduce_sum(loss, engine.device)).item())
     found["loads"] = len(loads)
     found["weights"] = dict(engine.policy.weights(trained_only=True))
