@@ -145,14 +145,15 @@ def _write_error(directory: Path, error: OSError) -> CheckpointError:
 class ReferenceCache:
     """The rows of one reference. `parts` are the files that this process reads; others may come beside them.
 
-    damaged: where files and rows were found damaged; they count as not there.
+    damaged_files, damaged_rows: where files and single rows were found damaged; they count as not there.
     """
 
     def __init__(self, directory: Path, facts: Mapping[str, object]) -> None:
         self.directory = directory / identity(facts)
         self.facts = dict(facts)
         self.parts: list[_Part] = []
-        self.damaged: list[str] = []
+        self.damaged_files: list[str] = []
+        self.damaged_rows: list[str] = []
         self._torn: list[Path] = []
         self._index = _Index.of([])
 
@@ -163,7 +164,7 @@ class ReferenceCache:
         return sorted(path.name for path in self.directory.glob(f"{_PART}*.arrow"))
 
     def open_parts(self, names: Sequence[str]) -> None:
-        """Adds files to those that are read; one that is not whole is noted in `damaged` and left out."""
+        """Adds files to those that are read; one that is not whole is a damaged file and left out."""
         known = {part.name for part in self.parts}
         for name in names:
             if name in known:
@@ -171,7 +172,7 @@ class ReferenceCache:
             try:
                 self.parts.append(_Part.open(self.directory / name))
             except (OSError, pa.ArrowException) as error:
-                self.damaged.append(f"{self.directory / name}: {' '.join(str(error).split())[:120]}")
+                self.damaged_files.append(f"{self.directory / name}: {' '.join(str(error).split())[:120]}")
                 # Not after an error of the system, such as too many open files: the file may be whole. Arrow
                 # raises OSError too, without a number.
                 if getattr(error, "errno", None) is None:
@@ -180,6 +181,25 @@ class ReferenceCache:
 
     def __len__(self) -> int:
         return len(self._index.high)
+
+    def damage(self) -> str | None:
+        """What is damaged, in words; None where nothing is."""
+        files, rows = (sorted(set(places)) for places in (self.damaged_files, self.damaged_rows))
+        counts = [
+            f"{len(places)} {noun}{'s' if len(places) > 1 else ''}"
+            for places, noun in ((files, "file"), (rows, "single row"))
+            if places
+        ]
+        if not counts:
+            return None
+        places = [*files, *rows]
+        verb = "is damaged and counts" if len(places) == 1 else "are damaged and count"
+        return f"{' and '.join(counts)} {verb} as missing: {'; '.join(places[:3])}"
+
+    def forget_damage(self) -> None:
+        """From here on only what is found damaged again is."""
+        self.damaged_files.clear()
+        self.damaged_rows.clear()
 
     def set_aside(self) -> None:
         """Renames the files that are not whole, so that no later run reads or names them again."""
@@ -192,7 +212,7 @@ class ReferenceCache:
         """Log-probs float32 [length] of a key (a view that must not be written); None where there are none.
 
         A row whose checksum does not fit is passed over; where no other row has the key it is noted in
-        `damaged`.
+        `damaged_rows`.
         """
         index, last = self._index, None
         for number, row in index.places(key):
@@ -202,16 +222,17 @@ class ReferenceCache:
                 return values
             last = f"{self.directory / part.name}: row {row}"
         if last is not None:
-            self.damaged.append(last)
+            self.damaged_rows.append(last)
         return None
 
     def read(self, key: bytes, length: int) -> np.ndarray:
         """As find, for a row that must be there. Raises DataError."""
         values = self.find(key, length)
         if values is None:
+            fault = "damaged" if self.damaged_rows else "not there"
             raise DataError(
-                f"{self.directory}: a row of the reference cache that was whole at the start is "
-                f"{'damaged' if self.damaged else 'not there'}; start the run again, which computes it again"
+                f"{self.directory}: a row of the reference cache that was whole at the start is {fault}; "
+                "start the run again, which computes it again"
             )
         return values
 

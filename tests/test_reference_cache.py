@@ -44,7 +44,7 @@ def test_what_is_written_is_found_bit_for_bit(tmp_path: Path) -> None:
     for key, values in rows:
         assert cache.find(key, len(values)).tobytes() == values.tobytes()
     assert cache.find(row(9)[0], 4) is None
-    assert not cache.damaged
+    assert cache.damage() is None
 
 
 def test_an_empty_directory_holds_nothing(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_flipped_bit_makes_its_row_absent_and_no_other(tmp_path: Path) -> None
     file.write_bytes(data)
     cache = reopened(tmp_path)
     assert [cache.find(key, 4) is not None for key, _ in rows] == [True, False, True]
-    assert cache.damaged == [f"{file}: row 1"]
+    assert cache.damage() == f"1 single row is damaged and counts as missing: {file}: row 1"
     with pytest.raises(DataError, match=r"damaged; start the run again"):
         cache.read(rows[1][0], 4)
 
@@ -114,7 +114,7 @@ def test_a_row_written_again_takes_the_place_of_a_damaged_one(tmp_path: Path) ->
         file.write_bytes(data)
         cache = reopened(tmp_path)
         assert cache.find(key, 4).tobytes() == values.tobytes()
-        assert not cache.damaged
+        assert cache.damage() is None
         file.write_bytes(intact)
 
 
@@ -132,11 +132,11 @@ def test_a_file_that_is_not_whole_is_left_out(tmp_path: Path, keep: int) -> None
     cache = reopened(tmp_path)
     assert cache.find(row(0)[0], 4) is None
     assert cache.find(row(1)[0], 4) is not None
-    assert [line.partition(": ")[0] for line in cache.damaged] == [str(torn)]
+    assert cache.damage().startswith(f"1 file is damaged and counts as missing: {torn}: ")
     cache.set_aside()
     assert whole.is_file()
     assert torn.with_suffix(".damaged").is_file()
-    assert not reopened(tmp_path).damaged
+    assert reopened(tmp_path).damage() is None
 
 
 def test_any_damaged_byte_gives_the_true_values_or_none(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_many_processes_write_at_once(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0] * 4
     cache = reopened(tmp_path)
     assert all(cache.find(row(number)[0], 4) is not None for number in range(100))
-    assert not cache.damaged
+    assert cache.damage() is None
     assert not list(cache.directory.glob(".tmp-*"))
 
 
@@ -222,3 +222,19 @@ def test_files_that_come_later_are_added(tmp_path: Path) -> None:
     cache.open_parts([file.name])
     assert len(cache) == 2
     assert cache.find(row(1)[0], 4) is not None
+
+
+def test_damage_counts_files_and_rows_apart(tmp_path: Path) -> None:
+    files = written(tmp_path, [row(0)], [row(1)], [row(2), row(3)])
+    files[0].write_bytes(b"torn")
+    files[1].write_bytes(b"torn")
+    data = bytearray(files[2].read_bytes())
+    for number in (2, 3):
+        data[data.index(row(number)[1].tobytes())] ^= 1
+    files[2].write_bytes(data)
+    cache = reopened(tmp_path)
+    for number in (2, 3, 3):
+        cache.find(row(number)[0], 4)
+    assert cache.damage().startswith("2 files and 2 single rows are damaged and count as missing: ")
+    cache.forget_damage()
+    assert cache.damage() is None

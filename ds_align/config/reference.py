@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ds_align.config.places import cache_root
-from ds_align.config.schema import Count, PathText, Schema, Share, changed, rule
+from ds_align.config.schema import Count, Number, PathText, Schema, changed, rule
 
 
 class ReferenceFields(Schema):
@@ -38,7 +38,7 @@ class ReferenceFields(Schema):
         "(TR-DPO, arXiv:2404.09656).",
     )
     ref_model_sync_steps: Count = Field(64, description="Optimizer steps between two moves.")
-    ref_model_mixup_alpha: Annotated[Share, Field(gt=0)] = Field(
+    ref_model_mixup_alpha: Annotated[Number, Field(gt=0, le=1)] = Field(
         0.9, description="The new reference is this times the policy plus the rest of the old reference."
     )
 

@@ -214,13 +214,10 @@ class CachedReference:
         ]
 
     def _warn_of_damage(self, *, set_aside: bool = True) -> None:
-        damaged = distributed.broadcast_object(sorted(set(self.cache.damaged)))
-        if damaged:
-            self.messages.append(
-                f"reference cache: {len(damaged)} damaged entries are computed again: "
-                f"{'; '.join(damaged[:3])}"
-            )
-        self.cache.damaged.clear()
+        message = distributed.broadcast_object(self.cache.damage())
+        if message is not None:
+            self.messages.append(f"reference cache: {message}")
+        self.cache.forget_damage()
         if set_aside and distributed.is_main():
             self.cache.set_aside()
 
@@ -237,7 +234,7 @@ class CachedReference:
         self.cache.open_parts(names)
         distributed.agree(lambda: self._check_shared(names))
         # What was damaged before has been computed again.
-        self.cache.damaged.clear()
+        self.cache.forget_damage()
         if distributed.is_main():
             self.cache.describe(self.about)
         return tokens

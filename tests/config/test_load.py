@@ -11,6 +11,7 @@ import pytest
 
 from ds_align.config import METHODS, DPOConfig, KTOConfig, SimPOConfig, parse_command_line
 from ds_align.config.cli import parse_text
+from ds_align.config.schema import describe_type
 from ds_align.errors import ConfigError
 
 
@@ -185,6 +186,14 @@ def test_list_flags_split_at_commas() -> None:
     assert parse_text('["a", "b"]', list[str]) == parse_text("[a,b]", list[str]) == ["a", "b"]
     assert parse_text("[1, 2.5]", list[float]) == [1.0, 2.5]
     assert parse_text("1,2.5", list[float] | None) == [1.0, 2.5]
+
+
+def test_help_says_each_bound_once() -> None:
+    for spec in METHODS.values():
+        for name, field in spec.config.model_fields.items():
+            words = describe_type(field.annotation, field.metadata).split()
+            for sides in ((">", ">="), ("<", "<=")):
+                assert sum(word in sides for word in words) <= 1, name
 
 
 def help_text(*argv: str) -> tuple[str, float]:
