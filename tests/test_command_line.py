@@ -142,28 +142,11 @@ MISTAKES = {
     "output holds a run": Mistake(
         {"output_dir": "run"}, 2, ("already holds a run", "--overwrite_output_dir")
     ),
-    "cache below a file": Mistake(
-        {"ref_logps": "cache", "ref_cache_dir": "good.jsonl/x"},
-        4,
-        ("ref_cache_dir", "Not a directory", "a file stands in its path, give a directory"),
-    ),
     "dry run into a file": Mistake(
         {"output_dir": "good.jsonl", "dry_run": "true"}, 4, ("is not a directory",)
     ),
     "weights of other layers": Mistake(
         {"model_name_or_path": "more-layers"}, 2, ("12 weights of the model are not in its files",), "weights"
-    ),
-    # The reference is the policy; that its weights do not fit would come next.
-    "adapters' cache below a file": Mistake(
-        {
-            "model_name_or_path": "more-layers",
-            "use_lora": "true",
-            "ref_logps": "cache",
-            "ref_cache_dir": "good.jsonl",
-        },
-        4,
-        ("ref_cache_dir", "a file stands in its path, give a directory"),
-        "weights",
     ),
     "weights of another width": Mistake(
         {"model_name_or_path": "wide"}, 2, ("do not fit config.json", "size mismatch"), "weights"
@@ -332,16 +315,6 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(place: Path, endings: dict[
     # A preference as it reaches the model, with the EOS that it is scored up to.
     assert "chosen_ids: 'yes" in ending["out"]
     assert "<eos>'" in ending["out"]
-
-
-def test_a_dry_run_counts_what_the_cache_lacks_and_scores_nothing(place: Path) -> None:
-    flags = {"dry_run": "true", "ref_logps": "cache", "ref_cache_dir": "cold"}
-    (ending,) = run_several([(command(place, "out-dry", flags), None, None)])
-    assert ending["code"] == 0, ending["err"]
-    # One step of two of the three rows.
-    assert "reference cache: 2 of 2 rows are missing in" in ending["out"]
-    assert "0 reference pack(s)" in ending["out"]
-    assert not (place / "cold").exists()
 
 
 def test_a_failed_run_can_be_mended_and_a_finished_one_is_kept(place: Path) -> None:
