@@ -14,6 +14,7 @@ from tests.flags_adapters import ADAPTERS
 from tests.flags_checkpoints import CHECKPOINTS
 from tests.flags_cleaning import CLEANING
 from tests.flags_dialects import DIALECTS
+from tests.flags_doctor import DOCTOR
 from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect, Refused
 from tests.flags_methods import OWN, SYNC
 from tests.flags_reference import CACHED
@@ -386,7 +387,7 @@ SYSTEM = {
 
 
 SHARED_FIELDS = MODEL | ADAPTERS | SYNC | CACHED | DATA | SOURCES | ROWS | DIALECTS | BATCH
-SHARED_FIELDS |= OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM
+SHARED_FIELDS |= OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM | DOCTOR
 
 
 def every_entry() -> list[tuple[str, Effect | Refused]]:
