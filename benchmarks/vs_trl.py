@@ -41,6 +41,7 @@ from benchmarks.vs_trl_cases import (  # noqa: E402
 )
 from benchmarks.vs_trl_report import TOLERANCES, Line, lines_of, losses_table, table  # noqa: E402
 
+QUICK = "a check that both sides run and agree, no figure of speed: fixed costs decide on so small a model"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 USUAL_MICRO_BATCH = 8
 
@@ -180,7 +181,7 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, help="JSONL of texts (prompt, chosen, rejected); else random ids"
     )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")
-    parser.add_argument("--quick", action="store_true", help="one small case, under two minutes")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK}; one case, a minute on an idle CPU")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.prompts < 1 or arguments.prompts % USUAL_MICRO_BATCH:
@@ -209,6 +210,8 @@ def introduce(arguments: argparse.Namespace) -> None:
     )
     print(f"both sides with {' '.join(f'{name}={value}' for name, value in MALLOC.items())}: without them")
     print("glibc returns large tensors to the system at every step and takes them again")
+    if arguments.quick:
+        print(f"--quick is {QUICK}")
     if arguments.data is not None:
         print(f"preferences of {arguments.data}, whatever the name of the profile says")
     cores, load = place["cores"], about["load_average_at_start"][0]

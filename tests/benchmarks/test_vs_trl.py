@@ -147,6 +147,13 @@ def test_the_floor_makes_three_products_for_a_trained_pack_and_one_for_a_scored(
     assert operations(pack._replace(trained=True)) == 3 * (600 + 120 + 200)
 
 
+def test_help_says_that_a_quick_run_is_no_figure_of_speed():
+    command = [sys.executable, str(ROOT / "benchmarks" / "vs_trl.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    text = " ".join(done.stdout.partition("--quick")[2].split())
+    assert "a check that both sides run and agree, no figure of speed" in text
+
+
 @pytest.mark.slow
 def test_a_quick_run_agrees_with_trl(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
@@ -170,3 +177,4 @@ def test_a_quick_run_agrees_with_trl(tmp_path):
     assert losses[0] == pytest.approx(0.6931472, abs=1e-6)
     assert len(losses) == 2
     assert "losses" in done.stdout
+    assert "no figure of speed" in done.stdout
