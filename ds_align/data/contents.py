@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -110,9 +111,13 @@ def read_number(row: Mapping[str, Any], column: str) -> float:
 def as_number(value: Any, column: str) -> float:
     """The value as a finite float; `column` is what errors name."""
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise RowError(f"column {column!r} holds {value!r}, expected a finite number")
-    return float(value)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowError(f"column {column!r} holds {reprlib.repr(value)}, expected a finite number")
+    return number
 
 
 def read_ids(row: Mapping[str, Any], column: str) -> np.ndarray:
@@ -164,6 +169,12 @@ def read_tools(row: Mapping[str, Any], column: str) -> list[Any] | None:
         raise RowError(
             f"column {column!r} holds {type(value).__name__}, expected a list of tool descriptions"
         )
+    for tool in value or ():
+        if not isinstance(tool, Mapping):
+            raise RowError(
+                f"column {column!r} is a list with {type(tool).__name__}, expected descriptions of tools as "
+                "JSON objects"
+            )
     return value or None
 
 

@@ -40,7 +40,7 @@ class ParquetRows:
 
         try:
             return pq.ParquetFile(self._path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> DataError:
@@ -135,11 +135,24 @@ class ArrowRows:
 
     def __iter__(self) -> Iterator[Record | BadRow]:
         for number, row in enumerate(self._values(), self._first):
-            columns = {name: value for name, value in row.items() if value is not None}
-            yield Record(f"{self._name}: row {number}", columns)
+            origin = f"{self._name}: row {number}"
+            if isinstance(row, UnicodeDecodeError):
+                reason = f"a text is not UTF-8 (0x{row.object[row.start]:02x}); write the file anew"
+                yield BadRow(origin, reason)
+            else:
+                columns = {name: value for name, value in row.items() if value is not None}
+                yield Record(origin, columns)
 
-    def _values(self) -> list[dict[str, Any]]:
-        return self._table.to_pylist()
+    def _values(self) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+        try:
+            yield from self._table.to_pylist()
+        except UnicodeDecodeError:
+            # Arrow does not check what a file calls text; one row at a time, to lose no other.
+            for place in range(self._table.num_rows):
+                try:
+                    yield self._table.slice(place, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield error
 
     def part(self, start: int, stop: int) -> ArrowRows:
         """The rows themselves."""
