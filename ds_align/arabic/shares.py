@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
 
 from ds_align.config.dialects import DIALECTS, shares_problem
+from ds_align.data.quotas import largest_total
+from ds_align.data.quotas import quotas as whole_quotas
 from ds_align.errors import DataError
 
 # Parts the draws of this room from those that other rooms make with the same seed.
@@ -26,15 +27,8 @@ def exact_shares(shares: Mapping[str, float]) -> dict[str, Fraction]:
 
 
 def quotas(size: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
-    """Whole numbers that sum to `size` by largest remainder: floor(size * share), and one more for the
-    largest fractional parts; of equal ones the larger share first, then the order of DIALECTS.
-    """
-    exact = {label: size * share for label, share in shares.items()}
-    found = {label: math.floor(part) for label, part in exact.items()}
-    order = sorted(shares, key=lambda label: (found[label] - exact[label], -shares[label]))
-    for label in order[: size - sum(found.values())]:
-        found[label] += 1
-    return found
+    """Whole numbers that sum to `size`, by largest remainder."""
+    return dict(zip(shares, whole_quotas([*shares.values()], size), strict=True))
 
 
 def fits(wanted: Mapping[str, int], found: Mapping[str, int]) -> bool:
@@ -43,17 +37,8 @@ def fits(wanted: Mapping[str, int], found: Mapping[str, int]) -> bool:
 
 
 def largest_quotas(found: Mapping[str, int], shares: Mapping[str, Fraction]) -> dict[str, int]:
-    """Quotas of the largest size that `found` rows of each label can fill without a row twice.
-
-    A quota of size N is at least floor(N * share), so no size above the first bound can be filled, and at
-    most its ceiling, so that every size up to found/share can. Sizes between are tried: larger ones may fit
-    where smaller ones do not (the Alabama paradox).
-    """
-    bound = min(math.ceil((found[label] + 1) / share) - 1 for label, share in shares.items())
-    size = min(bound, sum(found[label] for label in shares))
-    while not fits(quotas(size, shares), found):
-        size -= 1
-    return quotas(size, shares)
+    """Quotas of the largest size that `found` rows of each label can fill without a row twice."""
+    return quotas(largest_total([*shares.values()], [found[label] for label in shares]), shares)
 
 
 def draw(labels: np.ndarray, wanted: Mapping[str, int], seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from ds_align.data.build import DataFields
 from ds_align.data.dataset import Part, PreferenceDataset, load_preferences
 from ds_align.data.deduplicate import Deduplicate
 from ds_align.data.hub import with_choice
+from ds_align.data.quotas import largest_total, quotas
 from ds_align.data.schemas import Layout
 from ds_align.data.tables import join_tables
 from ds_align.errors import ConfigError, DataError
@@ -148,39 +149,6 @@ def _describe(part: Part) -> str:
         f"mixture part {part.name!r} ({part.source}): {part.rows} rows{repeated}, {part.share:.2%} of all, "
         f"of {part.available} that are there"
     )
-
-
-def quotas(weights: Sequence[int], total: int) -> list[int]:
-    """Rows of each part: weight / sum(weights) of the total, by largest remainder (Hamilton's method).
-
-    Each part gets the whole rows of its share; what is left goes, one row each, to the largest remainders,
-    the first of equal ones first. The sum is the total.
-    """
-    whole = sum(weights)
-    shares = [divmod(weight * total, whole) for weight in weights]
-    found = [rows for rows, _ in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda number: -shares[number][1])
-    for number in by_remainder[: total - sum(found)]:
-        found[number] += 1
-    return found
-
-
-def largest_total(weights: Sequence[int], limits: Sequence[int | None]) -> int:
-    """The largest total whose quotas are within the limits (None: no limit); one limit at least."""
-    whole = sum(weights)
-    bounds = [
-        (limit * whole // weight, (limit + 1) * whole // weight)
-        for weight, limit in zip(weights, limits, strict=True)
-        if limit is not None
-    ]
-    # Up to the first no share is above its limit, from the second on one is by a whole row. Between them a
-    # total may fit where a smaller one does not: quotas do not only grow (the Alabama paradox).
-    fits, fails = min(low for low, _ in bounds), min(high for _, high in bounds)
-    for total in range(fails, fits, -1):
-        pairs = zip(quotas(weights, total), limits, strict=True)
-        if all(limit is None or quota <= limit for quota, limit in pairs):
-            return total
-    return fits
 
 
 def choose_rows(num_rows: int, quota: int, *, most: int, seed: Sequence[int]) -> np.ndarray:

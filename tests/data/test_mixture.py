@@ -18,7 +18,8 @@ from ds_align.batches import BatchPlanner
 from ds_align.config import DPOConfig, KTOConfig
 from ds_align.config.sources import MixturePart
 from ds_align.data import load_mixture, load_preferences
-from ds_align.data.mixture import choose_rows, interleaved, largest_total, quotas
+from ds_align.data.mixture import choose_rows, interleaved
+from ds_align.data.quotas import largest_total, quotas
 from ds_align.errors import CheckpointError, ConfigError, DataError
 from ds_align.packing import CostModel
 from ds_align.splits import load_splits
@@ -77,7 +78,8 @@ def by_rounds(weights: list[int], total: int) -> list[int]:
     served: set[int] = set()
     while sum(given) < total:
         owed = [(-1 if part in served else shares[part] - given[part]) for part in range(len(shares))]
-        part = owed.index(max(owed))
+        # Of equal ones the larger part, then the first.
+        part = max(range(len(owed)), key=lambda part: (owed[part], weights[part], -part))
         given[part] += 1
         served.add(part)
     return given
