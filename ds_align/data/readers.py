@@ -126,8 +126,13 @@ def _default_split(tables: Mapping[str, Rows], name: str) -> str:
     if not tables:
         raise DataError(f"{name}: holds no split; expected at least one with preferences in it")
     raise DataError(
-        f"{name}: has the splits {', '.join(tables)} and no train; name one, as in split={next(iter(tables))}"
+        f"{name}: has the splits {', '.join(tables)} and no train; name the one that trains, as in "
+        f"--dataset_split {_likely_train(tables)}"
     )
+
+
+def _likely_train(tables: Mapping[str, Rows]) -> str:
+    return next((name for name in tables if "train" in name), next(iter(tables)))
 
 
 def _bound(text: str | None, num_rows: int, side: str) -> int:

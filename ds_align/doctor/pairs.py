@@ -38,6 +38,14 @@ def repeated_rows(facts: Facts) -> Outcome:
                 "their difference is what is learned: look whether it is the one that is meant",
             )
     examples = {} if report is None else _origins(report.findings)
+    repeats = parts.value.get("near_duplicate", 0)
+    if repeats:
+        parts.add(
+            "warning",
+            f"{repeats} rows nearly repeat an earlier one",
+            "leave them out with --deduplicate near",
+            examples.get("near_duplicate", ()),
+        )
     for kind, (number, words) in seen.items():
         parts.value[kind] = number
         # The readers say themselves which rows they left out.
@@ -45,7 +53,14 @@ def repeated_rows(facts: Facts) -> Outcome:
             parts.add(
                 "warning", f"{number} {words}", "mend or remove them in the file", examples.get(kind, ())
             )
-    return parts.outcome("no equal, repeated or contradictory preference")
+    return parts.outcome(f"no equal, repeated or contradictory preference{_within_parts(facts)}")
+
+
+def _within_parts(facts: Facts) -> str:
+    """What the rows of a mixture were not held against."""
+    if not facts.train.parts:
+        return ""
+    return " within a part of the mixture; its parts and its texts were not compared"
 
 
 def _origins(findings: tuple) -> dict[str, list[str]]:
@@ -119,7 +134,8 @@ def overlap_and_text(facts: Facts) -> Outcome:
     if facts.texts is not None:
         _note_garbled(facts.texts, parts)
     _note_dialects(facts, parts)
-    return parts.outcome("no prompt is trained and evaluated, no odd characters")
+    unread = "; the texts of the mixture were not read" if facts.train.parts else ""
+    return parts.outcome(f"no prompt is trained and evaluated, no odd characters{unread}")
 
 
 def _note_overlap(facts: Facts, parts: Parts) -> None:

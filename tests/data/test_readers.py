@@ -181,3 +181,12 @@ def test_datasets_objects_and_directories_are_read(tmp_path):
     assert prompts(both, "test") == prompts(tmp_path / "two", "test") == ["p0", "p1"]
     assert available_splits(both) == ["train", "test"]
     assert next(open_records(train).rows()).origin == "dataset: record 1"
+
+
+def test_without_a_train_split_the_likely_one_is_named_with_its_flag(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(
+        json.dumps({name: [{"prompt": "p"}] for name in ("test_prefs", "train_prefs")}), encoding="utf-8"
+    )
+    with pytest.raises(DataError, match="--dataset_split train_prefs"):
+        open_records(path)

@@ -51,6 +51,25 @@ def test_nearly_equal_answers_above_a_tenth():
         assert (found.level, found.value["near_equal"]) == (level, number)
 
 
+def test_rows_that_nearly_repeat_others_are_a_warning():
+    near = Example("near_duplicate", ("data.jsonl:1", "data.jsonl:4"))
+    report = Reported(20, {"near_duplicate": 1, "near_equal": 0}, (near,))
+    found = check(5, replace(facts_of(texts(20)), texts=TextFacts(20, duplicates=report)))
+    assert (found.level, found.message) == ("warning", "1 rows nearly repeat an earlier one")
+    assert found.remedy == "leave them out with --deduplicate near"
+    assert found.examples == ("near_duplicate: data.jsonl:1 and data.jsonl:4",)
+
+
+def test_a_mixture_is_not_said_to_be_free_of_what_was_not_looked_for(tmp_path):
+    for name in ("a", "b"):
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", texts(6))
+    parts = [{"path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")]
+    config = DPOConfig(mixture=parts, dataset_cache_dir="none")
+    facts = replace(facts_of(texts(6)), train=load_splits(config, make_tokenizer()).train)
+    assert check(5, facts).message.endswith("its parts and its texts were not compared")
+    assert check(14, facts).message.endswith("the texts of the mixture were not read")
+
+
 def test_examples_name_the_rows_of_the_file():
     row = {"prompt": "a", "chosen": "yes", "rejected": "nay"}
     report = Reported(2, {"duplicate": 1}, (Example("duplicate", ("data.jsonl:1", "data.jsonl:2")),))
