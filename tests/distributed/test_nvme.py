@@ -68,7 +68,7 @@ def why_no_operator() -> str | None:
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     built = any(is_of_this_environment(found) for found in cache.rglob("async_io/async_io.so"))
     if os.environ.get("DS_BUILD_AIO") != "1" and not built:
-        return "DeepSpeed's async_io operator is not compiled here; DS_BUILD_AIO=1 lets this test do it (minutes)"
+        return "DeepSpeed's async_io is not compiled here; DS_BUILD_AIO=1 lets this test do it (minutes)"
     built = subprocess.run([sys.executable, "-c", CAN_BUILD], env=environment(), capture_output=True)
     return "no libaio with headers, or no compiler, for DeepSpeed's async_io" if built.returncode else None
 
