@@ -57,7 +57,7 @@ def test_shards_of_any_split_and_the_folder_data(tmp_path):
     fill(tmp_path / "data", "train_prefs-00000-of-00001.parquet", "test_prefs-00000-of-00001-0a1b.parquet")
     assert available_splits(tmp_path) == ["test_prefs", "train_prefs"]
     assert files(tmp_path, "train_prefs") == ["train_prefs-00000-of-00001.parquet"]
-    with pytest.raises(DataError, match="has the splits test_prefs, train_prefs and no train; name one"):
+    with pytest.raises(DataError, match="has the splits test_prefs, train_prefs and no train; name the one"):
         open_records(tmp_path)
 
 
