@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -13,8 +12,9 @@ import numpy as np
 from ds_align.data.duplicates import DuplicateReport, scan_duplicates
 from ds_align.data.ranked import PairRules
 from ds_align.data.readers import RecordSet
-from ds_align.data.rows import BadRow, Record, Rows
+from ds_align.data.rows import BadRow, Record
 from ds_align.data.schemas import Columns, Preference, RowLayout, parse_row
+from ds_align.data.subset import pick_rows
 
 Deduplicate = Literal["none", "exact", "near"]
 
@@ -60,28 +60,6 @@ class ParsedRecords:
         return parsed if isinstance(parsed, Preference) else None
 
 
-class ChosenRows:
-    """Some of other rows, in their order; chosen: bool [len(rows)]."""
-
-    def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
-        self._rows = rows
-        self._chosen = chosen
-
-    def __len__(self) -> int:
-        return int(self._chosen.sum())
-
-    def __iter__(self) -> Iterator[Record | BadRow]:
-        return compress(self._rows, self._chosen)
-
-    def part(self, start: int, stop: int) -> ChosenRows:
-        """Of the chosen rows those from start to stop."""
-        numbers = np.flatnonzero(self._chosen)[start:stop]
-        if not len(numbers):
-            return ChosenRows(self._rows.part(0, 0), self._chosen[:0])
-        first, last = int(numbers[0]), int(numbers[-1]) + 1
-        return ChosenRows(self._rows.part(first, last), self._chosen[first:last])
-
-
 @dataclass(frozen=True, slots=True)
 class Deduplicated:
     """A source without its repeats, and what was found in it."""
@@ -117,13 +95,4 @@ def without_duplicates(
     report = scan_duplicates(preferences, near=deduplicate == "near")
     kept = np.ones(records.num_rows, dtype=bool)
     kept[np.asarray(preferences.places, dtype=np.int64)[report.removable]] = False
-    numbers = np.flatnonzero(kept)
-
-    def part(start: int, stop: int) -> Rows:
-        wanted = numbers[start:stop]
-        if not len(wanted):
-            return records.part(0, 0)
-        first, last = int(wanted[0]), int(wanted[-1]) + 1
-        return ChosenRows(records.part(first, last), kept[first:last])
-
-    return Deduplicated(RecordSet(records.name, len(numbers), part), report)
+    return Deduplicated(pick_rows(records, np.flatnonzero(kept)), report)

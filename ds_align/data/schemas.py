@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -186,12 +186,13 @@ def parse_row(
 
 def count_text_hazards(preference: Preference, counts: Counter[str]) -> None:
     """Count a row that holds bidirectional controls or NUL characters; such text is kept as it is."""
-    texts = list(_texts(preference))
+    texts = list(texts_of(preference))
     counts["rows_with_bidi_controls"] += any(not t.isascii() and _BIDI_CONTROLS.search(t) for t in texts)
     counts["rows_with_nul"] += any("\0" in text for text in texts)
 
 
-def _texts(preference: Preference) -> Iterable[str]:
+def texts_of(preference: Preference) -> Iterator[str]:
+    """Prompt, completions and KTO's y' as strings, a message at a time; token ids have none."""
     for content in (preference.prompt, *preference.completions, preference.kl_completion):
         if isinstance(content, str):
             yield content
@@ -245,7 +246,7 @@ def _parse(record: Record, layout: RowLayout, columns: Columns, rules: PairRules
             check_answer(content, place)
         if kl is not None:
             check_answer(kl, kl_column)
-        for text in _texts(preference):
+        for text in texts_of(preference):
             check_text(text)
     return preference
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from ds_align.config import METHODS, BaseConfig
 from ds_align.data.deduplicate import ParsedRecords
 from ds_align.data.ranked import PairRules
 from ds_align.data.readers import CHUNK_ROWS, open_records
-from ds_align.data.schemas import Columns, Preference, recognise_layout
+from ds_align.data.schemas import Columns, recognise_layout, texts_of
 from ds_align.doctor.facts import TextFacts
 from ds_align.errors import DataError
 
@@ -101,12 +100,3 @@ def _dialect_shares(config: BaseConfig, source: DataSource, split: str | None) -
     total = sum(found.values())
     known = total - found.get("unknown", 0)
     return {label: number / total for label, number in found.items() if number} if known else None
-
-
-def texts_of(preference: Preference) -> Iterator[str]:
-    """Prompt and completions as strings; token ids have none."""
-    for content in (preference.prompt, *preference.completions):
-        if isinstance(content, str):
-            yield content
-        elif isinstance(content, list):
-            yield from (message["content"] for message in content if message["content"])

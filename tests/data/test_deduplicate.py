@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from ds_align.config import DPOConfig, KTOConfig
-from ds_align.data.deduplicate import ChosenRows, without_duplicates
+from ds_align.data.deduplicate import without_duplicates
 from ds_align.data.ranked import PairRules
-from ds_align.data.readers import open_records
+from ds_align.data.readers import RecordSet, open_records
 from ds_align.data.rows import ListRows
 from ds_align.data.schemas import Columns
+from ds_align.data.subset import pick_rows
 from ds_align.splits import load_splits
 
 FRESH = [
@@ -143,8 +144,8 @@ def test_parts_of_chosen_rows_are_those_of_a_list() -> None:
     rows = [{"number": number} for number in range(9)]
     chosen = np.array([1, 0, 0, 1, 1, 0, 1, 0, 1], dtype=bool)
     wanted = [record for record, keep in zip(ListRows(rows, "x"), chosen, strict=True) if keep]
-    some = ChosenRows(ListRows(rows, "x"), chosen)
-    assert (len(some), list(some)) == (5, wanted)
+    some = pick_rows(RecordSet("x", 9, ListRows(rows, "x").part), np.flatnonzero(chosen))
+    assert (some.num_rows, list(some.rows())) == (5, wanted)
     for start, stop in product(range(7), repeat=2):
         part = some.part(start, stop)
         assert (len(part), list(part)) == (len(wanted[start:stop]), wanted[start:stop])
