@@ -1,6 +1,7 @@
 """Rows of CSV and TSV files (RFC 4180: a quoted cell may hold line ends; a quote in it is doubled).
 
 A cell is text. Where a column of preferences holds more than text, it is JSON: messages, token ids, tools.
+Spreadsheets write `;` where the comma parts decimals: the first row says what parts the cells.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from ds_align.data.schemas import Columns
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Tried where the usual one of the ending is not in the first row.
+_OTHER_DELIMITERS = b";\t|,"
+# A spreadsheet's own first line, as in `sep=;`.
+_SEPARATOR_LINE = re.compile(rb'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "kl_completion")
 # Always JSON, and absent where the cell is empty.
 _JSON_COLUMNS = frozenset(
@@ -32,6 +37,7 @@ _LABELS = {"true": True, "false": False, "1": True, "0": False}
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _LIKE_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
 _BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,9 @@ class CsvRows:
         """The places of the rows, behind that of the names; blank lines are not rows."""
         if self._places is None:
             with self._file.open() as stream:
-                places = _find_places(_Lines(stream), self._delimiter, self._file)
+                lines = _Lines(stream)
+                self._delimiter = _delimiter_of(stream, lines, self._delimiter, self._file)
+                places = _find_places(lines, self._delimiter, self._file)
                 self._names = ()
                 if places[0]:
                     self._names = self._read_names(stream, *(column.pop(0) for column in places))
@@ -187,6 +195,11 @@ class _Lines:
         self.offset = 0
         self.number = 1
 
+    def skip(self, size: int) -> None:
+        """Notes that the first line, of so many bytes, was read."""
+        self.offset += size
+        self.number += 1
+
     def __iter__(self) -> Iterator[str]:
         for line in self._stream:
             self.offset += len(line)
@@ -195,15 +208,29 @@ class _Lines:
             yield line.removeprefix(_BOM if self.offset == len(line) else b"").decode("latin-1")
 
 
+def _delimiter_of(stream: BinaryIO, lines: _Lines, usual: str, file: TextFile) -> str:
+    """What parts the cells: what a `sep=` line says, which is stepped over, else what the first row has."""
+    first = stream.readline(MAX_LINE_BYTES)
+    if first[:2] in _UTF16_BOMS:
+        raise DataError(f"{file}: {utf8_reason(0, first[0])}")
+    said = _SEPARATOR_LINE.fullmatch(first.removeprefix(_BOM))
+    if said is not None:
+        lines.skip(len(first))
+        return said[1].decode("latin-1")
+    stream.seek(0)
+    found = [byte for byte in _OTHER_DELIMITERS if byte in first]
+    return usual if usual.encode() in first or not found else chr(found[0])
+
+
 def _find_places(lines: _Lines, delimiter: str, file: TextFile) -> Places:
     offsets, sizes, numbers = places = no_places()
     _allow_long_cells()
     reader = csv.reader(iter(lines), delimiter=delimiter)
-    offset, number = 0, 1
+    offset, number = lines.offset, lines.number
     try:
         for cells in reader:
-            # A line of spaces alone is one cell.
-            if len(cells) > 1 or any(cell.strip() for cell in cells):
+            # Spreadsheets write lines of delimiters alone behind the last row.
+            if any(cell.strip() for cell in cells):
                 offsets.append(offset)
                 sizes.append(lines.offset - offset)
                 numbers.append(number)

@@ -179,8 +179,8 @@ def _check_file(path: Path) -> None:
     ending, compression = file_format(path)
     if ending not in FORMATS or (compression and ending == ".parquet"):
         raise DataError(
-            f"{path}: the ending {ending + compression!r} is not read; expected {SUPPORTED}; convert the "
-            "file to JSONL"
+            f"{path}: the ending {ending + compression!r} is not read; expected {SUPPORTED}; rename "
+            "or convert the file"
         )
     if path.stat().st_size == 0:
         raise DataError(

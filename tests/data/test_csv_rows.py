@@ -101,3 +101,36 @@ def test_a_cell_longer_than_the_limit_of_python_is_read(tmp_path):
     text = "x" * 300_000
     (found,) = rows(tmp_path, f"a\n{text}\n")
     assert found.columns == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("prompt;chosen;rejected\r\na;b, c;d\r\n", 2),
+        ("\ufeffprompt;chosen;rejected\r\na;b, c;d\r\n", 2),
+        ("sep=;\r\nprompt;chosen;rejected\r\na;b, c;d\r\n", 3),
+        ('\ufeff"sep=;"\nprompt;chosen;rejected\na;"b, c";d\n', 3),
+        ("prompt\tchosen\trejected\na\tb, c\td\n", 2),
+        ("prompt|chosen|rejected\na|b, c|d\n", 2),
+        ('sep=,\nprompt,chosen,rejected\na,"b, c",d\n', 3),
+        ("prompt;chosen;rejected\na;b, c;d\n;;\n; ;\n", 2),
+    ],
+)
+def test_what_a_spreadsheet_writes(tmp_path, text, first):
+    (found,) = rows(tmp_path, text)
+    assert found.columns == {"prompt": "a", "chosen": "b, c", "rejected": "d"}
+    assert found.origin.endswith(f":{first}")
+
+
+def test_a_comma_in_the_first_row_stays_the_delimiter(tmp_path):
+    (found,) = rows(tmp_path, "prompt,chosen;x\na;b,c\n")
+    assert found.columns == {"prompt": "a;b", "chosen;x": "c"}
+    (found,) = rows(tmp_path, "prompt\na;b\n")
+    assert found.columns == {"prompt": "a;b"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_named(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    with pytest.raises(DataError, match="byte order mark of UTF-16; save it as UTF-8"):
+        rows(tmp_path, f"{mark}prompt,chosen\na,b\n".encode(encoding))
