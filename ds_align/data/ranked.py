@@ -3,7 +3,7 @@
 The answers stand in `completions` (or `responses`, `answers`, `generations`): strings, message lists, or
 objects that hold the text and perhaps its score or rank. Scores (`scores`, `ratings`) are better when they
 are higher, ranks (`ranks`) when they are lower: 1 is the best. A column goes before what the objects say,
-scores before ranks.
+scores before ranks. An answer without a text or a value (null, NaN, "N/A") is left out and counted.
 
 What is drawn is drawn by a hash of the answer and its prompt: it depends neither on the order of the rows or
 of the answers nor on who reads them.
@@ -28,7 +28,7 @@ Comparisons = tuple[tuple[int, int], ...]
 
 OTHER_LISTS = ("responses", "answers", "generations")
 OTHER_SCORES = ("ratings",)
-_TEXT_KEYS = ("response", "answer", "content", "text")
+TEXT_KEYS = ("response", "answer", "content", "text")
 _SCORE_KEYS = ("overall_score", "score", "rating")
 _RANK_KEYS = ("rank",)
 # A gap of 0.1 between 0.3 and 0.2 is a little less than 0.1 in binary.
@@ -73,11 +73,16 @@ class ListColumns(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RankedList:
-    """Answers and their values, higher is better; columns: the names of what was read."""
+    """Answers and their values, higher is better; columns: the names of what was read.
+
+    places: where each answer stands in the row; num_unusable: answers that are left out.
+    """
 
     answers: list[Content]
     values: list[float]
     columns: tuple[str, ...]
+    places: tuple[str, ...] = ()
+    num_unusable: int = 0
 
 
 def list_column(row: Mapping[str, Any], columns: ListColumns) -> str | None:
@@ -96,20 +101,39 @@ def read_ranked_list(row: Mapping[str, Any], columns: ListColumns) -> RankedList
         raise RowError(f"column {name!r} has {len(items)} answer(s), expected two or more to compare")
     answers = [_answer(item, f"{name}[{number}]") for number, item in enumerate(items)]
     values, source = _values(row, items, name, columns)
-    return RankedList(answers, values, (name, source))
+    usable = [
+        number
+        for number, (answer, value) in enumerate(zip(answers, values, strict=True))
+        if answer is not None and value is not None
+    ]
+    if len(usable) < 2:
+        raise RowError(
+            f"column {name!r} has {len(usable)} of {len(items)} answers with a text and a value, expected "
+            "two or more to compare"
+        )
+    return RankedList(
+        [answers[number] for number in usable],
+        [values[number] for number in usable],
+        (name, source),
+        tuple(f"{name}[{number}]" for number in usable),
+        len(items) - len(usable),
+    )
 
 
-def _answer(item: Any, place: str) -> Content:
+def _answer(item: Any, place: str) -> Content | None:
+    """The text or the messages of an answer; None where it has none."""
+    if item is None or (isinstance(item, str) and not item.strip()):
+        return None
     if not isinstance(item, Mapping):
         return as_content(item, place)
     if "role" in item or "from" in item:
         # A template would see a score that stands in a message.
         return as_content({key: item[key] for key in item if key not in _VALUE_KEYS}, place)
-    key = next((key for key in _TEXT_KEYS if item.get(key) is not None), None)
-    if key is None:
+    if not any(key in item for key in TEXT_KEYS):
         found = ", ".join(map(str, item)) or "nothing"
-        raise RowError(f"column {place!r} has {found}, expected one of {', '.join(_TEXT_KEYS)} with the text")
-    return as_content(item[key], place)
+        raise RowError(f"column {place!r} has {found}, expected one of {', '.join(TEXT_KEYS)} with the text")
+    text = next((item[key] for key in TEXT_KEYS if item.get(key) is not None), None)
+    return None if text is None or (isinstance(text, str) and not text.strip()) else as_content(text, place)
 
 
 _VALUE_KEYS = (*_SCORE_KEYS, *_RANK_KEYS)
@@ -117,20 +141,18 @@ _VALUE_KEYS = (*_SCORE_KEYS, *_RANK_KEYS)
 
 def _values(
     row: Mapping[str, Any], items: Sequence[Any], name: str, columns: ListColumns
-) -> tuple[list[float], str]:
-    """What the answers are worth, higher is better, and the name of what says so."""
+) -> tuple[list[float | None], str]:
+    """What the answers are worth, higher is better (None: unknown), and the name of what says so."""
     scores = present(row, columns.scores, "scores", OTHER_SCORES)
     for column, sign in ((scores, 1.0), (columns.ranks, -1.0)):
         if row.get(column) is not None:
-            return [sign * value for value in _numbers(row[column], column, len(items))], column
+            return _signed(_numbers(row[column], column, len(items)), sign), column
     objects = [item for item in items if isinstance(item, Mapping)]
     for key in (*_SCORE_KEYS, *_RANK_KEYS):
         if len(objects) == len(items) and any(item.get(key) is not None for item in objects):
             sign = -1.0 if key in _RANK_KEYS else 1.0
-            found = [
-                as_number(item.get(key), f"{name}[{number}].{key}") for number, item in enumerate(objects)
-            ]
-            return [sign * value for value in found], key
+            found = [_value(item.get(key), f"{name}[{number}].{key}") for number, item in enumerate(objects)]
+            return _signed(found, sign), key
     raise RowError(
         f"column {name!r} is a list of answers without scores or ranks, found {', '.join(map(str, row))}; "
         f"give a column {columns.scores!r} or {columns.ranks!r}, or answers that are objects with "
@@ -138,14 +160,28 @@ def _values(
     )
 
 
-def _numbers(values: Any, column: str, num_answers: int) -> list[float]:
+def _signed(values: list[float | None], sign: float) -> list[float | None]:
+    return [None if value is None else sign * value for value in values]
+
+
+def _value(value: Any, column: str) -> float | None:
+    """A finite number; None for what says that there is none."""
+    is_nan = isinstance(value, float | np.floating) and np.isnan(value)
+    said = isinstance(value, str) and value.strip().lower() in _NO_VALUE
+    return None if value is None or is_nan or said else as_number(value, column)
+
+
+_NO_VALUE = ("", "n/a", "na", "nan", "none", "null")
+
+
+def _numbers(values: Any, column: str, num_answers: int) -> list[float | None]:
     if not isinstance(values, list | tuple | np.ndarray):
         raise RowError(
             f"column {column!r} holds {type(values).__name__}, expected a list of {num_answers} numbers"
         )
     if len(values) != num_answers:
         raise RowError(f"column {column!r} has {len(values)} numbers for {num_answers} answers")
-    return [as_number(value, f"{column}[{number}]") for number, value in enumerate(values)]
+    return [_value(value, f"{column}[{number}]") for number, value in enumerate(values)]
 
 
 def choose_pairs(

@@ -173,22 +173,48 @@ def test_pairs_go_before_lists_and_lists_before_labels():
         ({"scores": None}, "is a list of answers without scores or ranks, found prompt, completions, scores"),
         ({"scores": [1]}, "column 'scores' has 1 numbers for 2 answers"),
         ({"scores": 1}, "column 'scores' holds int, expected a list of 2 numbers"),
-        ({"scores": [1, None]}, "column 'scores[1]' holds None, expected a finite number"),
-        ({"scores": [1, float("nan")]}, "column 'scores[1]' holds nan"),
+        ({"scores": [1, None]}, "column 'completions' has 1 of 2 answers with a text and a value"),
+        ({"scores": [1, float("inf")]}, "column 'scores[1]' holds inf, expected a finite number"),
         ({"scores": [1, True]}, "column 'scores[1]' holds True"),
-        ({"scores": [1, "2"]}, "column 'scores[1]' holds '2'"),
+        ({"scores": [1, "2 of 5"]}, "column 'scores[1]' holds '2 of 5'"),
         ({"completions": ["a"]}, "column 'completions' has 1 answer(s), expected two or more"),
         ({"completions": "ab"}, "column 'completions' holds str, expected a list of answers"),
-        ({"completions": ["a", " "]}, "column 'completions[1]' is empty or white space"),
+        ({"completions": ["a", " "]}, "column 'completions' has 1 of 2 answers with a text and a value"),
         ({"completions": ["a", 3]}, "column 'completions[1]' holds int"),
         ({"completions": [{"x": 1}, {"response": "b"}]}, "column 'completions[0]' has x, expected one of"),
         ({"completions": ["a", [{"role": "user", "content": "b"}]]}, "a completion has the roles ['user']"),
     ],
 )
 def test_bad_lists_say_what_is_wrong(change, expected):
-    found = reason({"prompt": "p", "completions": ["a", "b"], "scores": [1, 2], **change})
-    assert expected in found
-    assert "ranked lists need {prompt, completions, scores or ranks}" in found
+    found = read({"prompt": "p", "completions": ["a", "b"], "scores": [1, 2], **change})
+    assert expected in found.reason
+    assert "ranked lists need {prompt, completions, scores or ranks}" in found.expected
+
+
+@pytest.mark.parametrize(
+    ("completions", "scores"),
+    [
+        (["a", None, "b", "c"], [3, 9, 1, 2]),
+        (["a", "x", "b", "c"], ["3.0", "N/A", " 1", "2e0"]),
+        (["a", "x", "b", "c"], [3, float("nan"), 1, 2]),
+        (["a", " ", "b", "c"], [3, 9, 1, 2]),
+    ],
+)
+def test_an_answer_without_a_text_or_a_value_is_left_out_and_counted(completions, scores):
+    for row in (
+        {"prompt": "p", "completions": completions, "scores": scores},
+        {
+            "prompt": "p",
+            "completions": [
+                {"response": text, "overall_score": score}
+                for text, score in zip(completions, scores, strict=True)
+            ],
+        },
+    ):
+        found = read(row, rules=PairRules("all"))
+        assert found.completions == ("a", "b", "c")
+        assert sorted(found.comparisons) == [(0, 1), (0, 2), (2, 1)]
+        assert found.counted == {"ranked_unusable_answers": 1}
 
 
 FOUR = {"prompt": "the cat", "completions": [" sat", " ran", " lay", " ate"], "scores": [4, 3, 2, 1]}
@@ -357,7 +383,9 @@ def test_score_columns_have_other_names_and_must_be_there(bpe, settings):
     assert len(load(zephyr, settings, tokenizer=tokenizer, min_score_margin=1.0)) == 1
     named = settings_of(settings, "score_chosen", "score_rejected")
     assert len(load(zephyr, named, tokenizer=tokenizer)) == 1
-    with pytest.raises(DataError, match=r"column 'good' is missing"):
+    with pytest.raises(
+        DataError, match=r"min_score_margin=1 needs the columns 'good' and 'bad', found .*; leave"
+    ):
         load(zephyr, settings_of(settings, "good", "bad"), tokenizer=tokenizer)
     with pytest.raises(DataError, match=r"no preference is left .*, 3 below min_score_margin\)"):
         load(SCORED, settings, tokenizer=tokenizer, min_score_margin=9.0)
