@@ -34,6 +34,12 @@ CHECKPOINTS = {
             TRAINING,
             holds=lambda run: "starting at the first step" in run["printed"],
         ),
+        Effect(
+            {"resume_from_checkpoint": "true"},
+            "printed",
+            TRAINING,
+            holds=lambda run: "starting at the first step" in run["printed"],
+        ),
         Refused({"resume": "WORK/nowhere"}, "there is no such file"),
     ],
 }

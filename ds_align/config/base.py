@@ -37,6 +37,8 @@ _REFERENCE_SETTINGS = (
 )
 # What is kept of a prompt, and the side that is cut for it.
 _TRUNCATION_MODES = {"keep_end": "left", "keep_start": "right"}
+# As other trainers write it.
+_RESUME = {"true": "auto", "false": None}
 
 
 class BaseConfig(
@@ -196,6 +198,8 @@ class BaseConfig(
         problems += merge_precision(rest)
         for key in rest.keys() & {"truncation_side", "truncation_mode"}:
             rest[key] = _TRUNCATION_MODES.get(str(rest[key]), rest[key])
+        for key in rest.keys() & {"resume", "resume_from_checkpoint"}:
+            rest[key] = _RESUME.get(str(rest[key]).lower(), rest[key])
         by_field, spelled, more = super().normalise(rest)
         if "dtype" not in values:
             given = next((key for key in ("torch_dtype", "bf16", "fp16") if key in values), "dtype")

@@ -301,7 +301,8 @@ class CheckpointFields(Schema):
     resume: PathText | None = Field(
         None,
         description="auto: continue from the newest whole checkpoint of output_dir, or start where there is "
-        "none; a checkpoint's directory: continue from it; none: start afresh. `--resume` alone is auto. "
+        "none; a checkpoint's directory: continue from it; none: start afresh. `--resume` alone and true are "
+        "auto. "
         "Alias: --resume_from_checkpoint.",
     )
 

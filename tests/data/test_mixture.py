@@ -331,7 +331,7 @@ def test_a_run_with_another_mixture_is_not_continued(mix):
     ):
         # The settings may be told in other words; the rows decide.
         assert same_run.check_settings(Path("x"), state, other, 1) == []
-        with pytest.raises(CheckpointError, match="train_data: '"):
+        with pytest.raises(CheckpointError, match="the training data are other rows"):
             same_run.check_facts(Path("x"), state, facts(other), other)
 
 
