@@ -74,13 +74,14 @@ class Deduplicated:
         return {
             "duplicates_removed": found["duplicate"],
             "near_duplicates_removed": found["near_duplicate"],
-            "contradictory_rows_found": found["contradictory"],
+            "contradictory_rows_found": found["contradictory"] + found["near_contradictory"],
         }
 
     @property
     def contradictions(self) -> list[tuple[str, ...]]:
         """Origins of the first rows that contradict each other."""
-        return [found.origins for found in self.report.findings if found.kind == "contradictory"]
+        kinds = ("contradictory", "near_contradictory")
+        return [found.origins for found in self.report.findings if found.kind in kinds]
 
 
 def without_duplicates(

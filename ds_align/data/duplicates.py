@@ -23,15 +23,15 @@ from ds_align.data.text_keys import (
     MAX_COMPARED_CHARACTERS,
     Texts,
     answer_similarity,
-    exact_digest,
+    asked_digest,
+    asked_texts,
     field_texts,
     has_equal_answers,
     preference_digest,
-    prompt_texts,
     texts_digest,
 )
 
-KINDS = ("equal", "duplicate", "contradictory", "near_duplicate", "near_equal")
+KINDS = ("equal", "duplicate", "contradictory", "near_duplicate", "near_equal", "near_contradictory")
 _OPPOSITE = np.array([1, 0], dtype=np.uint64)
 _MEGABYTE = 2**20
 # Texts that are hashed or compared together, and what sorting takes.
@@ -53,9 +53,10 @@ class DuplicateReport:
     """What was found in a data set.
 
     counts, by kind, every kind always there: equal, duplicate and near_duplicate are rows that teach nothing
-    (more), contradictory and near_equal rows that are concerned and stay. A row counts in one of the first
-    three at most. findings: the first of each kind in file order. removable int64: the sorted numbers of the
-    duplicate and near_duplicate rows; equal ones are dropped by every load.
+    (more), contradictory, near_contradictory and near_equal rows that are concerned and stay. A row counts in
+    one of equal, duplicate and near_duplicate at most, and in one kind of contradictory. findings: the first
+    of each kind in file order. removable int64: the sorted numbers of the duplicate and near_duplicate rows;
+    equal ones are dropped by every load.
     """
 
     num_rows: int
@@ -86,7 +87,8 @@ def scan_duplicates(
 
     Exact kinds go by a 128-bit hash of prompt, tools, answers and label. Near rows have the same number of
     messages with the same roles, and in every message an edit similarity of 0.9 at least to the other row's,
-    after `normalise`; a group is what such pairs connect. Without `near` the near kinds stay 0.
+    after `normalise`; a group is what such pairs connect. Nearly contradictory rows are contradictory after
+    `normalise` and not before. Without `near` the near kinds stay 0.
 
     preferences: a list, or what can be passed over several times. memory_mb holds keys and signatures (60
     bytes a row, and as many of 256 bytes as there is room for; less room means more passes over the rows),
@@ -105,15 +107,20 @@ def scan_duplicates(
     examples: list[_Example] = [("equal", (row,), 1.0) for row in equal[:max_examples].tolist()]
     repeated = zip(firsts[firsts != unequal].tolist(), duplicates.tolist(), strict=True)
     examples += [("duplicate", pair, 1.0) for pair, _ in zip(repeated, range(max_examples), strict=False)]
-    num_contradictory, contradictions = _contradictions(keys, unequal)
+    opposed, contradictions = _contradictions(keys, unequal)
     examples += contradictions[:max_examples]
-    near_rows = np.empty(0, dtype=np.int64)
+    near_rows, num_opposed = np.empty(0, dtype=np.int64), 0
     if near:
         distinct = unequal[firsts == unequal]
         near_rows, near_examples = _near_rows(rows, found, distinct, memory_mb)
         examples += near_examples[:max_examples]
         examples += found.near_equal_examples
-    counts = (len(equal), len(duplicates), num_contradictory, len(near_rows), found.num_near_equal)
+        num_opposed, opposites = _near_contradictions(found, unequal, opposed)
+        examples += opposites[:max_examples]
+    counts = (
+        *(len(equal), len(duplicates), int(opposed.sum())),
+        *(len(near_rows), found.num_near_equal, num_opposed),
+    )
     return DuplicateReport(
         num_rows,
         dict(zip(KINDS, counts, strict=True)),
@@ -136,9 +143,9 @@ def prompt_overlap(
     rows = PreferenceRows(train, evaluation)
     exact, keys = bytearray(), _Keys(max_examples)
     for preference in rows:
-        exact += exact_digest(preference.prompt, preference.tools)
+        exact += asked_digest(preference)
         if near:
-            keys.add_texts((prompt_texts(preference),))
+            keys.add_texts((asked_texts(preference),))
     num_train, num_eval = rows.sizes
     partners = _partners(exact, num_train)
     is_exact = partners >= 0
@@ -178,15 +185,18 @@ class _Keys:
         if near:
             fields = field_texts(preference)
             # Answers that differ in case or vowel signs alone are compared as they are written.
-            self.add_texts(fields, allowed=len(fields) == 2 or fields[1] != fields[2])
+            allowed = len(fields) == 2 or fields[1] != fields[2]
+            self.add_texts(fields, desirable=preference.desirable, allowed=allowed)
             if len(fields) == 3 and not is_equal:
                 self._judge_answers(preference)
 
-    def add_texts(self, fields: tuple[Texts, ...], *, allowed: bool = True) -> None:
+    def add_texts(
+        self, fields: tuple[Texts, ...], *, desirable: bool | None = None, allowed: bool = True
+    ) -> None:
         """Keeps what the near search needs of a row."""
         self.num_fields = self.num_fields or len(fields)
         lengths = count_characters(fields)
-        self.texts += texts_digest(fields)
+        self.texts += texts_digest(fields, desirable=desirable)
         self.lengths.extend(lengths)
         self.comparable.append(1 + (max(lengths) <= MAX_COMPARED_CHARACTERS) if allowed else 0)
 
@@ -219,21 +229,40 @@ class _Keys:
         return Search(rows, numbers, lengths, tie_keys, fields, opposite)
 
 
-def _contradictions(keys: np.ndarray, numbers: np.ndarray) -> tuple[int, list[_Example]]:
-    """How many rows have one that says the opposite, and for each group its first row of either sense."""
+def _contradictions(
+    keys: np.ndarray, numbers: np.ndarray, shown: np.ndarray | None = None
+) -> tuple[np.ndarray, list[_Example]]:
+    """Which rows have one that says the opposite, and the first that does for each that is shown.
+
+    shown: bool; None: of equal rows the first.
+    """
     if not len(keys):
-        return 0, []
-    senses = keys[:, 0] & np.uint64(1)
+        return np.zeros(0, dtype=bool), []
+    senses = (keys[:, 0] & np.uint64(1)).astype(np.int64)
     groups = first_appearances(keys & ~_OPPOSITE)
-    both = np.zeros(len(keys), dtype=np.uint8)
-    np.bitwise_or.at(both, groups, np.where(senses == 1, np.uint8(2), np.uint8(1)))
-    concerned = both[groups] == 3
-    first_other = np.full(len(keys), len(keys))
-    other = np.flatnonzero(concerned & (senses != senses[groups]))
-    np.minimum.at(first_other, groups[other], other)
-    pairs = ((first, int(first_other[first])) for first in np.unique(groups[concerned]).tolist())
-    examples = [("contradictory", (int(numbers[a]), int(numbers[b])), 1.0) for a, b in pairs]
-    return int(concerned.sum()), examples
+    firsts = np.full((2, len(keys)), len(keys))
+    np.minimum.at(firsts, (senses, groups), np.arange(len(keys)))
+    others = firsts[1 - senses, groups]
+    concerned = others < len(keys)
+    if shown is None:
+        shown = firsts[senses, groups] == np.arange(len(keys))
+    rows = np.flatnonzero(concerned & shown)
+    pairs = zip(numbers[rows].tolist(), numbers[others[rows]].tolist(), strict=True)
+    examples = dict.fromkeys(("contradictory", (min(pair), max(pair)), 1.0) for pair in pairs)
+    return concerned, list(examples)
+
+
+def _near_contradictions(
+    found: _Keys, numbers: np.ndarray, opposed: np.ndarray
+) -> tuple[int, list[_Example]]:
+    """How many rows contradict another after `normalise` alone; opposed: of these numbers, those that do so
+    as they are.
+    """
+    is_compared = np.frombuffer(found.comparable, dtype=np.uint8)[numbers] > 0
+    numbers, opposed = numbers[is_compared], opposed[is_compared]
+    concerned, examples = _contradictions(found.text_keys()[numbers], numbers, ~opposed)
+    kind = "near_contradictory"
+    return int((concerned & ~opposed).sum()), [(kind, *what) for _, *what in examples]
 
 
 def _near_rows(
@@ -290,7 +319,7 @@ def _near_overlap(rows: PreferenceRows, keys: _Keys, num_train: int, is_exact: n
     # Prompts of exact rows stand for others of the evaluation that are written in another way.
     numbers = np.flatnonzero(is_first)
     matches = Matches(len(numbers), int(np.searchsorted(numbers, num_train)))
-    search = keys.search(rows, numbers, lambda row: (prompt_texts(row),), no_opposite)
+    search = keys.search(rows, numbers, lambda row: (asked_texts(row),), no_opposite)
     search.run(matches, _OVERLAP_BYTES)
     found = {int(numbers[b]): (int(numbers[a]), similarity) for a, b, similarity in matches.pairs}
     for row in evaluation.tolist():

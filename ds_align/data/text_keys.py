@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ds_align.data.schemas import Content, Preference
+from ds_align.data.contents import Content, as_turns
+from ds_align.data.schemas import Preference
 
 # The shape of a content, which must be equal, then its texts, which may be nearly equal.
 Texts = tuple[str, ...]
@@ -87,6 +88,21 @@ def prompt_texts(preference: Preference) -> Texts:
     return comparable(preference.prompt, preference.tools)
 
 
+def asked_digest(preference: Preference) -> bytes:
+    """128 bits that a prompt shares with the same question in another form: a string, or a user's message."""
+    return exact_digest(_asked(preference), preference.tools)
+
+
+def asked_texts(preference: Preference) -> Texts:
+    """prompt_texts, the same for a string and for a user's message."""
+    return comparable(_asked(preference), preference.tools)
+
+
+def _asked(preference: Preference) -> Content:
+    prompt = preference.prompt
+    return as_turns(prompt, "user") if isinstance(prompt, str) else prompt
+
+
 def field_texts(preference: Preference) -> tuple[Texts, ...]:
     """The texts of the prompt and of each completion; a label belongs to the shape of its completion."""
     if preference.desirable is None and not _is_pair(preference):
@@ -120,11 +136,18 @@ def comparable(content: Content, extra: Any = None) -> Texts:
     return f"{shape} {_as_json(rest)}", *texts
 
 
-def texts_digest(fields: tuple[Texts, ...]) -> bytes:
-    """128 bits of normalised texts and their shapes."""
-    joined = (_SEPARATOR.join(texts) for texts in fields)
-    content = (_SEPARATOR * 2).join(joined)
-    return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def texts_digest(fields: tuple[Texts, ...], *, desirable: bool | None = None) -> bytes:
+    """128 bits of normalised texts and their shapes; in a row that says the opposite, bit 0 differs.
+
+    desirable: the label that the shape of a single answer begins with.
+    """
+    prompt, *answers = (_SEPARATOR.join(texts) for texts in fields)
+    if desirable is not None:
+        answers = [answers[0].removeprefix(_as_json(desirable))]
+    content = (_SEPARATOR * 2).join((prompt, *sorted(answers)))
+    key = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    sense = answers != sorted(answers) if desirable is None else desirable
+    return bytes([key[0] & 0xFE | sense]) + key[1:]
 
 
 def num_characters(texts: Texts) -> int:

@@ -64,6 +64,8 @@ def random_rows(rng: random.Random, number: int) -> list[Preference]:
             fields = [old.prompt, *old.completions]
         if kind >= 0.9:
             fields[1:] = fields[:0:-1]
+            if kind >= 0.95:
+                fields[0] = fields[0].upper() + " "
         elif kind >= 0.85:
             fields[2] = fields[1]
         elif kind >= 0.8:

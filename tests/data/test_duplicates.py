@@ -62,12 +62,16 @@ def all_pairs(rows: list[Preference]) -> tuple[dict[str, int], list[int]]:
             group = {number: new if leader == old else leader for number, leader in group.items()}
     near = [number for number, leader in group.items() if leader != number]
     near_equal = [number for number in rest if similarity(*fields[number][1:]) > 0.9]
+    keys = {number: tuple(map(normalise, fields[number])) for number in rest}
+    keys = {number: key for number, key in keys.items() if key[1] != key[2]}
+    opposed = [b for b in keys if any((keys[a][0], *keys[a][:0:-1]) == keys[b] for a in keys)]
     counts = {
         "equal": len(equal),
         "duplicate": len(duplicates),
         "contradictory": len(contradictory),
         "near_duplicate": len(near),
         "near_equal": len(near_equal),
+        "near_contradictory": len(set(opposed) - set(contradictory)),
     }
     return counts, sorted(duplicates + near)
 
@@ -120,7 +124,8 @@ def test_each_kind_by_hand() -> None:
     ]
     report = scan_duplicates(rows)
     assert report.counts == {
-        "equal": 1, "duplicate": 1, "contradictory": 3, "near_duplicate": 2, "near_equal": 1
+        "equal": 1, "duplicate": 1, "contradictory": 3, "near_duplicate": 2, "near_equal": 1,
+        "near_contradictory": 1,
     }  # fmt: skip
     assert report.removable.tolist() == [1, 4, 5]
     assert kinds(report) == [
@@ -130,9 +135,12 @@ def test_each_kind_by_hand() -> None:
         ("near_duplicate", ("f:0", "f:4"), 1.0),
         ("near_duplicate", ("f:0", "f:5"), 0.9697),
         ("near_equal", ("f:6",), 0.95),
+        ("near_contradictory", ("f:2", "f:4"), 1.0),
     ]
     exact = scan_duplicates(rows, near=False)
-    assert exact.counts == report.counts | {"near_duplicate": 0, "near_equal": 0}
+    assert exact.counts == report.counts | dict.fromkeys(
+        ("near_duplicate", "near_equal", "near_contradictory"), 0
+    )
     assert exact.removable.tolist() == [1]
 
 
@@ -148,7 +156,8 @@ def test_unpaired_rows_by_hand() -> None:
     # Row 4 is near to row 2 alone, which has its label; row 3 to row 0.
     assert report.removable.tolist() == [1, 3, 4]
     assert report.counts == {
-        "equal": 0, "duplicate": 1, "contradictory": 3, "near_duplicate": 2, "near_equal": 0
+        "equal": 0, "duplicate": 1, "contradictory": 3, "near_duplicate": 2, "near_equal": 0,
+        "near_contradictory": 0,
     }  # fmt: skip
     assert ("contradictory", ("f:0", "f:2"), 1.0) in kinds(report)
 
@@ -199,6 +208,37 @@ def test_a_near_opposite_is_no_repeat() -> None:
     report = scan_duplicates([pair(0, "Which?", one, other), pair(1, "Which? ", other, one)])
     assert report.removable.tolist() == []
     assert report.counts["near_equal"] == 2
+
+
+def test_rows_that_contradict_but_for_case_and_spaces() -> None:
+    rows = [
+        pair(0, "Is it warm?", "Yes, it is.", "No, it is not."),
+        pair(1, "is it  warm? ", "No, it is NOT.", "yes, it is."),
+        single(2, "Is it cold?", "A little.", True),
+        single(3, "Is it cold? ", "a little.", False),
+        pair(4, "Is it dry?", "Yes.", "No."),
+    ]
+    for some, places in ((rows[:2] + rows[4:], ("f:0", "f:1")), (rows[2:4], ("f:2", "f:3"))):
+        report = scan_duplicates(some)
+        assert report.counts["near_contradictory"] == 2
+        assert ("near_contradictory", places, 1.0) in kinds(report)
+        assert sum(report.counts.values()) == 2
+        assert report.removable.tolist() == []
+        assert sum(scan_duplicates(some, near=False).counts.values()) == 0
+
+
+def test_a_prompt_is_the_same_as_a_string_and_as_a_message() -> None:
+    ask = [{"role": "user", "content": "Is it warm?"}]
+    strings = [pair(0, "Is it warm?", "Yes.", "No."), pair(1, "Is it cold?", "Yes.", "No.")]
+    talks = [conversation(2, ask, "Certainly.", "Hardly."), conversation(3, [LAST, *ask], "Yes.", "No.")]
+    for train, evaluation in ((strings, talks), (talks, strings)):
+        report = prompt_overlap(train, evaluation)
+        assert (report.exact, report.near) == (1, 0)
+    near = [conversation(4, [{"role": "user", "content": "is it warm? "}], "Certainly.", "Hardly.")]
+    assert prompt_overlap(strings, near).near == 1
+
+
+LAST = {"role": "system", "content": "Be brief."}
 
 
 def messages(*texts: str, last: str = "assistant") -> list[dict]:
@@ -253,7 +293,8 @@ def test_token_ids() -> None:
     report = scan_duplicates(rows)
     assert report.removable.tolist() == [1, 3, 8]
     assert report.counts == {
-        "equal": 1, "duplicate": 2, "contradictory": 3, "near_duplicate": 1, "near_equal": 1
+        "equal": 1, "duplicate": 2, "contradictory": 3, "near_duplicate": 1, "near_equal": 1,
+        "near_contradictory": 0,
     }  # fmt: skip
 
 
