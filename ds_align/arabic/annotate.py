@@ -12,16 +12,18 @@ import numpy as np
 
 from ds_align.arabic.classifiers import Classifier, classify, open_classifier
 from ds_align.arabic.names import LabelNames
-from ds_align.arabic.record_text import DEFAULT_FIELDS, record_text
+from ds_align.arabic.record_text import record_text
 from ds_align.arabic.scorer import Label, label_texts
 from ds_align.config.dialects import DIALECTS
 from ds_align.data.readers import BadRow, Record
+from ds_align.data.schemas import Columns
 from ds_align.errors import DataError
 
 DEFAULT_COLUMN = "dialect"
 SOURCES = ("column", "classifier", "lexicon")
 # Texts that a classifier is given at once.
 _BATCH = 1024
+_SHOWN_NAMES = 20
 
 
 @dataclass(slots=True)
@@ -41,13 +43,13 @@ class Annotations:
 
 @dataclass(slots=True)
 class Annotator:
-    """How rows are labelled. text_fields: columns that every row must have; None: those of default_fields
-    that it has.
+    """How rows are labelled. text_fields: columns that every row must have; None: prompt and answer, as the
+    column map names them.
     """
 
     column: str = DEFAULT_COLUMN
     text_fields: Sequence[str] | None = None
-    default_fields: Sequence[str] = DEFAULT_FIELDS
+    columns: Columns = field(default_factory=Columns)
     classifier: Classifier | str | Path | None = None
     names: LabelNames = field(default_factory=LabelNames)
 
@@ -69,13 +71,18 @@ class Annotator:
             else:
                 run.skip()
         run.flush()
-        if self.column != DEFAULT_COLUMN and self.column not in run.columns and run.columns:
-            near = get_close_matches(self.column, sorted(run.columns), n=1)
-            hint = f", the nearest is {near[0]!r}" if near else ""
-            raise DataError(
-                f"{name}: no row has the dialect column {self.column!r}{hint}; found "
-                f"{', '.join(sorted(run.columns))}; name another, or leave it out"
-            )
+        wanted = [("text field", column) for column in self.text_fields or ()]
+        if self.column != DEFAULT_COLUMN:
+            wanted.insert(0, ("dialect column", self.column))
+        for what, column in wanted if run.columns else ():
+            if column not in run.columns:
+                near = get_close_matches(column, sorted(run.columns), n=1)
+                hint = f", the nearest is {near[0]!r}" if near else ""
+                raise DataError(
+                    f"{name}: no row has the {what} {column!r}{hint}; found "
+                    f"{', '.join(sorted(run.columns))}; name another, or leave it out"
+                )
+        run.refuse_unknown_names(name)
         return run.finish()
 
 
@@ -88,6 +95,7 @@ class _Run:
         self._labels: list[int] = []
         self._sources: list[int] = []
         self._confidences: list[float] = []
+        self._unknown: dict[str, DataError] = {}
         self._waiting: list[tuple[int, str]] = []
         self._classifier: Classifier | None = None
 
@@ -109,7 +117,20 @@ class _Run:
             raise DataError(
                 f"{where} holds {type(given).__name__} {given!r}, expected one of {', '.join(DIALECTS)}"
             )
-        self._put(DIALECTS.index(annotator.names.label(given, where)), 0, 1.0)
+        try:
+            self._put(DIALECTS.index(annotator.names.label(given, where)), 0, 1.0)
+        except DataError as error:
+            self._unknown.setdefault(given, error)
+            self.skip()
+
+    def refuse_unknown_names(self, name: str) -> None:
+        """Raises DataError for names in the column that are no label: all of them at once."""
+        if not self._unknown:
+            return
+        first, *others = self._unknown
+        shown = ", ".join(map(repr, others[:_SHOWN_NAMES]))
+        also = f"; {name} also has {shown}{' ...' if len(others) > _SHOWN_NAMES else ''}" if others else ""
+        raise DataError(f"{self._unknown[first]}{also}")
 
     def flush(self) -> None:
         """Labels the texts that wait."""
@@ -144,7 +165,7 @@ class _Run:
 
 
 def _text(row: Record, annotator: Annotator) -> str:
-    return record_text(row, annotator.text_fields, annotator.default_fields)
+    return record_text(row, annotator.text_fields, annotator.columns)
 
 
 def as_columns(annotations: Annotations, rows: np.ndarray) -> dict[str, list[Any]]:

@@ -62,10 +62,10 @@ class ArabicDialectDatasetProcessor:
 
         dataset_path: a path, a list of dicts or a datasets.Dataset. target_distribution: label to share;
         they sum to 1 within 1e-6; rows of other dialects are left out. text_field: columns (a list, or one
-        text with commas) that rows without a label are judged by; None: prompt and chosen, or completion,
-        conversations, messages, text. size: so many rows instead of the most. allow_repeat: rows of a
-        dialect that has too few are taken more than once, all of them about equally often; the size is then
-        the number of rows of the wanted dialects where it is not given.
+        text with commas) that rows without a label are judged by; None: prompt and chosen, or completion, the
+        best answer of a ranked list, conversations, messages, text. size: so many rows instead of the most.
+        allow_repeat: rows of a dialect that has too few are taken more than once, all of them about equally
+        often; the size is then the number of rows of the wanted dialects where it is not given.
 
         Numbers of rows are those of largest remainder. Which rows depends on the data and the seed alone.
         All columns are kept; `dialect` (the label), `dialect_source` and `dialect_confidence` are added, or
@@ -113,7 +113,7 @@ def _wanted(
     missing = [label for label in shares if not found[label]]
     if missing:
         raise DataError(
-            f"{name}: no row of {', '.join(missing)}, which target_distribution asks for; found {counts}; "
+            f"{name}: no row of {', '.join(missing)}, which the wanted shares name; found {counts}; "
             "give such rows, label them in a column, or leave the dialect out"
         )
     if size is not None and size < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ def open_classifier(given: Classifier | str | Path) -> Classifier:
 
 def classify(classifier: Classifier, texts: Sequence[str], names: LabelNames) -> list[Label]:
     """Labels of the texts. Raises ConfigError for an answer of another form, DataError for a name."""
-    answers = list(classifier(texts))
+    given = classifier(texts)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(
+            f"dialect classifier: got {given!r} for a list of {len(texts)} texts; it must return a list with "
+            "a label, or (label, confidence), for each text"
+        )
+    answers = list(given)
     if len(answers) != len(texts):
         raise ConfigError(
             f"dialect classifier: {len(answers)} labels for {len(texts)} texts; it must give one for each"

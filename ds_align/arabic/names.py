@@ -52,5 +52,6 @@ class LabelNames:
             return _USUAL[folded]
         raise DataError(
             f"{where}: unknown dialect {name!r}{nearest(folded, [*DIALECTS, *_USUAL]) or ';'} expected one "
-            f"of {', '.join(DIALECTS)}; say what other names mean with a label map"
+            f"of {', '.join(DIALECTS)}; say what other names mean with dialect_label_map (in the library "
+            "label_map)"
         )

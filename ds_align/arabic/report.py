@@ -74,4 +74,7 @@ class BalanceReport:
             lines.append(
                 f"{label:<9}{share:>8}{self.found[label]:>9}{self.quotas.get(label, 0):>9}{shown:>12}  {by}"
             )
+        none = [label for label in self.shares if not self.quotas.get(label)]
+        if none:
+            lines.append(f"{', '.join(none)}: the share is less than a row of {self.rows}, so none is taken")
         return "\n".join(lines)

@@ -21,6 +21,10 @@ MARGIN = 1
 # Of the words in Arabic script, so many may have letters that Arabic does not have.
 MAX_FOREIGN = 0.2
 UNKNOWN = "unknown"
+# A quotation of up to three words is an example of how someone speaks; a longer one is speech.
+_FEW = r"[^\s{0}]+(?:\s+[^\s{0}]+){{0,2}}"
+_QUOTED = re.compile("|".join(f"{a}\\s*{_FEW.format(a + b)}\\s*{b}" for a, b in ("«»", "“”", '""')))
+_MIN_WORDS = 3
 # The conjunction wa-, and the article alone or after a one-letter word. Without fa-, which would make Gulf
 # wayid of the standard fawa'id.
 _CLITICS = (re.compile("و(?=\\w{3})"), re.compile("[وف]?(?:[بك]?ال|لل)(?=\\w{3})"))
@@ -42,10 +46,11 @@ class Label:
 def score(text: str) -> dict[str, int]:
     """Points of each label: the sum of the weights of the distinct markers that the text holds.
 
-    A marker that stands twice is no new evidence. Text that is not Arabic has no points.
+    A marker that stands twice is no new evidence, nor is a word in quotation marks that is spoken about. Text
+    that is not Arabic has no points.
     """
     points = dict.fromkeys(MARKERS, 0)
-    found = [(word, _look_at(word)) for word in words(text)]
+    found = [(word, _look_at(word)) for word in _spoken(text)]
     found = [(word, seen) for word, seen in found if seen.is_script]
     foreign = sum(seen.is_foreign for _, seen in found)
     if not found or foreign > MAX_FOREIGN * len(found):
@@ -59,6 +64,12 @@ def score(text: str) -> dict[str, int]:
         for label, weight in weights[item].items():
             points[label] += weight
     return points
+
+
+def _spoken(text: str) -> list[str]:
+    """The words without those that are quoted, a few at a time; all, where hardly any other is there."""
+    unquoted = list(words(_QUOTED.sub(" ", text)))
+    return unquoted if len(unquoted) >= _MIN_WORDS else list(words(text))
 
 
 def label_text(text: str) -> Label:

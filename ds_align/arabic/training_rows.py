@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from ds_align.arabic.annotate import Annotator
 from ds_align.arabic.balance import choose
 from ds_align.arabic.classifiers import open_classifier
 from ds_align.arabic.names import LabelNames
-from ds_align.arabic.record_text import DEFAULT_FIELDS, fields_from_text
+from ds_align.arabic.record_text import fields_from_text
 from ds_align.arabic.shares import exact_shares
 from ds_align.data.readers import Record, RecordSet
 from ds_align.data.schemas import ColumnFields, Columns
@@ -52,12 +52,11 @@ class DialectSubset:
         if config.dialect_distribution is None:
             return None
         columns = Columns.from_config(config)
-        renamed = (columns.prompt, columns.chosen, columns.completion)
         fields = fields_from_text(config.dialect_text_field)
         annotator = Annotator(
             config.dialect_column,
             fields,
-            tuple(dict.fromkeys((*renamed, *DEFAULT_FIELDS))),
+            columns,
             config.dialect_classifier,
             LabelNames(config.dialect_label_map),
         )
@@ -65,7 +64,7 @@ class DialectSubset:
         key = {
             "shares": [[label, str(share)] for label, share in shares.items()],
             "column": config.dialect_column,
-            "text": [annotator.text_fields, annotator.default_fields],
+            "text": [annotator.text_fields, asdict(columns)],
             "classifier": _classifier_digest(config.dialect_classifier),
             "label_map": sorted((config.dialect_label_map or {}).items()),
             "seed": config.seed,

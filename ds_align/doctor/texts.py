@@ -91,11 +91,7 @@ def _dialect_shares(config: BaseConfig, source: DataSource, split: str | None) -
     from ds_align.arabic.annotate import Annotator
 
     records = open_records(source, split)
-    columns = Columns.from_config(config)
-    annotator = Annotator(
-        config.dialect_column,
-        default_fields=(columns.prompt, columns.chosen, columns.completion),
-    )
+    annotator = Annotator(config.dialect_column, columns=Columns.from_config(config))
     found = annotator.annotate(records.rows(), records.name).found()
     total = sum(found.values())
     known = total - found.get("unknown", 0)

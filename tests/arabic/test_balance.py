@@ -109,7 +109,7 @@ def test_repeated_rows_fill_up_what_is_scarce() -> None:
 
 def test_a_dialect_that_is_not_there_is_an_error_with_the_counts() -> None:
     with pytest.raises(
-        DataError, match="records: no row of glf, which target_distribution asks for; found msa 3, egy 1"
+        DataError, match="records: no row of glf, which the wanted shares name; found msa 3, egy 1"
     ):
         balance(labelled(("msa", 3), ("egy", 1)), {"msa": 0.5, "glf": 0.5})
     # A share of 0 asks for nothing.
@@ -242,3 +242,40 @@ def test_rows_that_cannot_be_read_or_kept_are_errors(tmp_path) -> None:
         balance(path, {"egy": 1.0})
     with pytest.raises(DataError, match="column 'score' holds what a datasets.Dataset cannot"):
         balance([{"score": 1, "dialect": "egy"}, {"score": "high", "dialect": "egy"}], {"egy": 1.0})
+
+
+def test_of_a_ranked_list_the_best_answer_is_judged() -> None:
+    good, poor = "عايز إيه دلوقتي", "شو بدك هلق"
+    for row in (
+        {"prompt": "x", "completions": [poor, good], "scores": [1, 2]},
+        {"instruction": "x", "responses": [poor, good], "ranks": [2, 1]},
+        {
+            "instruction": "x",
+            "completions": [{"response": poor, "score": 1}, {"response": good, "score": 5}],
+        },
+    ):
+        assert list(balance([row], {"egy": 1.0})[0]["dialect"]) == ["egy"]
+    # The column of a user's own: every answer of it.
+    row = {"completions": [{"response": good}, {"response": good}]}
+    assert list(balance([row], {"egy": 1.0}, text_field="completions")[0]["dialect"]) == ["egy"]
+
+
+def test_a_text_field_that_no_row_has_is_an_error_even_where_a_column_says_all() -> None:
+    rows = [{"dialect": "egy", "prompt": "x"}]
+    with pytest.raises(DataError, match="no row has the text field 'promt', the nearest is 'prompt'"):
+        balance(rows, {"egy": 1.0}, text_field="promt")
+
+
+def test_all_unknown_names_of_the_column_are_named_at_once() -> None:
+    rows = [{"dialect": name, "prompt": "x"} for name in ("egy", "Cairo", "Riyadh", "Cairo", "Doha")]
+    with pytest.raises(
+        DataError, match="unknown dialect 'Cairo'.*dialect_label_map.*also has 'Riyadh', 'Doha'"
+    ):
+        balance(rows, {"egy": 1.0})
+
+
+def test_a_share_of_less_than_a_row_is_said() -> None:
+    processor = ArabicDialectDatasetProcessor()
+    rows = [{"dialect": "egy", "prompt": "x"}] * 9 + [{"dialect": "msa", "prompt": "y"}]
+    processor.balance_dataset(rows, {"egy": 0.99, "msa": 0.01})
+    assert "msa: the share is less than a row of 9, so none is taken" in str(processor.report)

@@ -66,7 +66,7 @@ def test_a_hugging_face_classifier_labels_as_the_model_does(directory) -> None:
 
 
 def test_a_name_that_is_no_label_is_refused_with_the_remedy(directory) -> None:
-    with pytest.raises(DataError, match="unknown dialect 'LABEL_2'.*expected one of msa, egy.*label map"):
+    with pytest.raises(DataError, match="unknown dialect 'LABEL_2'.*expected one of msa, egy.*label_map"):
         classify(open_classifier(directory), TEXTS * 3, LabelNames({"gulf": "glf"}))
 
 
@@ -146,3 +146,9 @@ def test_a_classifier_labels_only_rows_without_a_label() -> None:
     assert found["dialect_source"] == ["column", "classifier", "classifier"]
     assert found["dialect_confidence"] == [1.0, 0.5, 0.5]
     assert processor.report.mean_confidence["glf"] == 0.5
+
+
+@pytest.mark.parametrize("answer", ["egy", None, 3])
+def test_a_function_that_gives_no_list_is_told_what_it_must_give(answer) -> None:
+    with pytest.raises(ConfigError, match="it must return a list with a label, or .label, confidence., for"):
+        classify(lambda _: answer, ["a", "b", "c"], LabelNames())

@@ -150,3 +150,18 @@ def test_keys_and_labels_of_any_text(text: str) -> None:
     # Vowel signs and tatweel are nothing to it.
     marked = "".join(f"{letter}\u064e\u0640" if letter.isalpha() else letter for letter in text)
     assert score(marked) == score(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        # A sentence about words is not in the dialect of the words.
+        ("كتب الكاتب أن المصريين يقولون «عايز» و«دلوقتي» في كلامهم", "unknown"),
+        ('سألني الطالب الذي يدرس العربية ما معنى "عايز" في هذه الجملة', "msa"),
+        # Speech in quotation marks is speech.
+        ("قالت له: «أنا عايزة أروح البيت دلوقتي عشان تعبانة»", "egy"),
+        ("«عايز إيه دلوقتي»", "egy"),
+    ],
+)
+def test_a_word_that_is_spoken_about_is_no_evidence(text: str, label: str) -> None:
+    assert label_text(text).name == label
