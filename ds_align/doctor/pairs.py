@@ -10,6 +10,7 @@ import numpy as np
 from ds_align.data import PreferenceDataset
 from ds_align.doctor.facts import Facts, TextFacts
 from ds_align.doctor.finding import Outcome, Parts
+from ds_align.doctor.mixtures import across_parts
 
 NEAR_SHARE = 0.1
 LENGTH_RATIO = 1.2
@@ -46,6 +47,15 @@ def repeated_rows(facts: Facts) -> Outcome:
             "leave them out with --deduplicate near",
             examples.get("near_duplicate", ()),
         )
+    opposites = 0 if report is None else report.counts.get("near_contradictory", 0)
+    parts.value["near_contradictory"] = opposites
+    if opposites:
+        parts.add(
+            "warning",
+            f"{opposites} rows say the opposite of another one, case, spaces and vowel signs aside",
+            "decide which are right",
+            examples.get("near_contradictory", ()),
+        )
     for kind, (number, words) in seen.items():
         parts.value[kind] = number
         # The readers say themselves which rows they left out.
@@ -53,14 +63,22 @@ def repeated_rows(facts: Facts) -> Outcome:
             parts.add(
                 "warning", f"{number} {words}", "mend or remove them in the file", examples.get(kind, ())
             )
-    return parts.outcome(f"no equal, repeated or contradictory preference{_within_parts(facts)}")
+    if facts.train.parts:
+        _note_parts(facts.train, parts)
+    nearly = "; nearly equal texts of a mixture were not looked for" if facts.train.parts else ""
+    return parts.outcome(f"no equal, repeated or contradictory preference{nearly}")
 
 
-def _within_parts(facts: Facts) -> str:
-    """What the rows of a mixture were not held against."""
-    if not facts.train.parts:
-        return ""
-    return " within a part of the mixture; its parts and its texts were not compared"
+def _note_parts(data: PreferenceDataset, parts: Parts) -> None:
+    """What the parts of a mixture share; each by itself is counted when it is read."""
+    repeats, opposed = across_parts(data)
+    parts.value |= {"repeats_across_parts": repeats, "contradictory_across_parts": opposed}
+    for number, words in (
+        (repeats, "repeat a row of an earlier part of the mixture"),
+        (opposed, "say the opposite of a row of another part of the mixture"),
+    ):
+        if number:
+            parts.add("warning", f"{number} rows {words}", "remove them from one of the parts")
 
 
 def _origins(findings: tuple) -> dict[str, list[str]]:
@@ -149,12 +167,25 @@ def _note_overlap(facts: Facts, parts: Parts) -> None:
         exact, near = max(exact, report.exact), report.near
         parts.value["near_prompts"] = near
     parts.value["shared_prompts"] = exact
+    _note_forms(facts, parts)
     if exact or near:
         nearly = f", {near} nearly" if near else ""
         parts.add(
             "warning",
             f"{exact} evaluation prompts are trained on, too{nearly}",
             "remove them from one of the two, or split with eval_fraction, which parts whole prompts",
+        )
+
+
+def _note_forms(facts: Facts, parts: Parts) -> None:
+    """Strings are trained as they are, conversations by the chat template: an evaluation says little then."""
+    talks = [bool(data.counts.get("rows_as_messages", 0)) for data in (facts.train, facts.evaluation)]
+    if talks[0] != talks[1]:
+        said = ["by the chat template" if is_talk else "as plain strings" for is_talk in talks]
+        parts.add(
+            "warning",
+            f"training rows are written {said[0]}, evaluation rows {said[1]}",
+            "give both as messages, or both as strings",
         )
 
 

@@ -76,6 +76,15 @@ class Skipped:
     reason: str
 
 
+# How the facts are called in words.
+_NEEDS = {
+    "train": "data (dataset_path)",
+    "tokenizer": "a tokenizer",
+    "scores": "the models",
+    "machine": "the machine",
+}
+
+
 def examine(facts: Facts, ids: Iterable[int] | None = None) -> tuple[list[Finding], list[Skipped]]:
     """Runs the checks with these numbers (default: all) that have the facts they need."""
     wanted = {check.id for check in CHECKS} if ids is None else set(ids)
@@ -85,7 +94,7 @@ def examine(facts: Facts, ids: Iterable[int] | None = None) -> tuple[list[Findin
             continue
         missing = [need for need in check.needs if not facts.has(need)]
         if missing:
-            skipped.append(Skipped(check.id, check.name, f"needs {' and '.join(missing)}"))
+            skipped.append(Skipped(check.id, check.name, f"needs {' and '.join(_NEEDS[n] for n in missing)}"))
             continue
         found = check.run(facts)
         findings.append(

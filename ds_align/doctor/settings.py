@@ -136,7 +136,8 @@ def size_of_run(facts: Facts) -> Outcome:
                 f"{machine.device_bytes / 1e9:.2f} GB of a device, activations not counted",
                 "use more ranks, ds_config=zero3_offload, use_lora or a smaller model",
             )
-    return parts.outcome(f"{facts.num_steps} steps; memory suffices as far as it is known")
+    steps = "steps are not known" if facts.num_steps is None else f"{facts.num_steps} steps"
+    return parts.outcome(f"{steps}; memory suffices as far as it is known")
 
 
 def _note_steps(facts: Facts, num_steps: int, parts: Parts) -> None:

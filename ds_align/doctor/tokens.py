@@ -38,7 +38,8 @@ def repeated_specials(facts: Facts) -> Outcome:
     index = data.completion_index
     counts = _count(data.tables.completions, eos)[index]
     doubled = _with_pairs(data.tables.completions, eos)[index]
-    allowed = facts.template_closes_turns & ~doubled
+    # Strings and token ids did not go through the template.
+    allowed = facts.template_closes_turns & bool(data.counts.get("rows_as_messages", 0)) & ~doubled
     wrong = (counts > 1) & ~allowed
     parts.value |= {
         "completions_with_several_eos": int(wrong.sum()),

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from ds_align.config import DPOConfig
+from ds_align.config import METHODS, DPOConfig
 from ds_align.doctor import TextFacts
 from ds_align.doctor.pairs import far_shares
 from ds_align.doctor.texts import is_garbled, read_texts
 from ds_align.splits import load_splits
 from tests.distributed import tiny
-from tests.doctor.patients import EOS, check, facts_of, ids, labelled, make_tokenizer, texts
+from tests.doctor.patients import CHATML, EOS, check, facts_of, ids, labelled, make_tokenizer, texts
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def test_repeated_and_contradictory_rows():
     equal = {"prompt": "b", "chosen": "yes", "rejected": "yes"}
     found = check(5, facts_of([row, row, turned, equal, *texts(2)]))
     assert found.level == "warning"
-    assert found.value == {"equal": 1, "unusable": 0, "duplicate": 1, "contradictory": 1}
+    counted = {"equal": 1, "unusable": 0, "duplicate": 1, "contradictory": 1, "near_contradictory": 0}
+    assert found.value == counted
     assert check(5, facts_of(texts(6))).level == "ok"
 
 
@@ -60,14 +61,69 @@ def test_rows_that_nearly_repeat_others_are_a_warning():
     assert found.examples == ("near_duplicate: data.jsonl:1 and data.jsonl:4",)
 
 
+def test_rows_that_contradict_others_but_for_case_are_a_warning():
+    near = Example("near_contradictory", ("data.jsonl:1", "data.jsonl:4"))
+    report = Reported(20, {"near_contradictory": 2}, (near,))
+    found = check(5, replace(facts_of(texts(20)), texts=TextFacts(20, duplicates=report)))
+    assert (found.level, found.value["near_contradictory"]) == ("warning", 2)
+    assert found.message.startswith("2 rows say the opposite of another one, case")
+    assert found.examples == ("near_contradictory: data.jsonl:1 and data.jsonl:4",)
+
+
+def mixed(tmp_path, *parts: list[dict], method="dpo", **settings):
+    """Facts of a mixture of these parts."""
+    named = []
+    for number, rows in enumerate(parts):
+        path = tmp_path / f"part{number}.jsonl"
+        tiny.write_jsonl(path, rows)
+        named.append({"path": str(path)})
+    config = METHODS[method].config(mixture=named, dataset_cache_dir="none", **settings)
+    facts = facts_of(texts(6)) if method == "dpo" else facts_of(labelled(6, 6), method=method)
+    return replace(facts, config=config, train=load_splits(config, make_tokenizer()).train)
+
+
 def test_a_mixture_is_not_said_to_be_free_of_what_was_not_looked_for(tmp_path):
-    for name in ("a", "b"):
-        tiny.write_jsonl(tmp_path / f"{name}.jsonl", texts(6))
-    parts = [{"path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")]
-    config = DPOConfig(mixture=parts, dataset_cache_dir="none")
-    facts = replace(facts_of(texts(6)), train=load_splits(config, make_tokenizer()).train)
-    assert check(5, facts).message.endswith("its parts and its texts were not compared")
+    other = [row | {"prompt": f"other {row['prompt']}"} for row in texts(6)]
+    facts = mixed(tmp_path, texts(6), other)
+    found = check(5, facts)
+    assert (found.level, found.value["repeats_across_parts"]) == ("ok", 0)
+    assert found.message.endswith("nearly equal texts of a mixture were not looked for")
     assert check(14, facts).message.endswith("the texts of the mixture were not read")
+
+
+def test_rows_that_stand_in_two_parts_of_a_mixture(tmp_path):
+    turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in texts(2)]
+    third = [row | {"prompt": f"other {row['prompt']}"} for row in texts(6)]
+    found = check(5, mixed(tmp_path, texts(6), [*texts(6)[:2], *turned, *third[:2]], third))
+    # The second part repeats two rows of the first, the third two of the second; each of the two turned
+    # rows is opposed by one row of the first part, and opposes it; the second has both senses itself.
+    assert found.value["repeats_across_parts"] == 4
+    assert found.value["contradictory_across_parts"] == 4
+    assert found.level == "warning" and "4 rows repeat a row of an earlier part" in found.message
+
+
+def test_labelled_answers_that_stand_in_two_parts_of_a_mixture(tmp_path):
+    rows = labelled(3, 3)
+    turned = [row | {"label": not row["label"]} for row in rows[:2]]
+    found = check(5, mixed(tmp_path, rows, [*turned, rows[5]], method="kto"))
+    assert found.value["repeats_across_parts"] == 1
+    assert found.value["contradictory_across_parts"] == 4
+
+
+def test_strings_beside_conversations_are_a_warning():
+    talk = [
+        {"prompt": [{"role": "user", "content": f"{number}!"}], "chosen": "yes", "rejected": "nay"}
+        for number in range(3)
+    ]
+    facts = facts_of(texts(3), tokenizer=make_tokenizer(template=CHATML))
+    for evaluation, level in ((talk, "warning"), (texts(9)[6:], "ok")):
+        other = facts_of(evaluation, tokenizer=make_tokenizer(template=CHATML)).train
+        found = check(14, replace(facts, evaluation=other, eval_set="given"))
+        assert found.level == level
+    assert (
+        "training rows are written as plain strings"
+        in check(14, replace(facts, evaluation=facts_of(talk).train, eval_set="given")).message
+    )
 
 
 def test_examples_name_the_rows_of_the_file():

@@ -51,7 +51,7 @@ def test_distance_of_the_data():
 
 def test_model_checks_need_scores():
     _, skipped = examine(Facts(DPOConfig()), [9, 12])
-    assert [(item.id, item.reason) for item in skipped] == [(9, "needs scores"), (12, "needs scores")]
+    assert [(item.id, item.reason) for item in skipped] == [(9, "needs the models"), (12, "needs the models")]
 
 
 @pytest.mark.parametrize(

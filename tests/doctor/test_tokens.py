@@ -63,10 +63,17 @@ def test_eos_of_earlier_turns_are_fine_where_the_template_writes_them():
     assert not template_closes_turns(
         make_tokenizer(), "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
-    row = ids([5, EOS, 6, EOS], [7, EOS, 9, EOS], [8, EOS])
+    turns = [{"role": "assistant", "content": text} for text in ("ab", "cd")]
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": turns, "rejected": turns[:1]}
     facts = facts_of([row], tokenizer=tokenizer, also={"template_closes_turns": True})
     found = check(1, facts)
     assert (found.level, found.value["completions_of_several_turns"]) == ("ok", 1)
+    # Neither did these ids go through the template, nor do strings.
+    given = ids([5, EOS, 6, EOS], [7, EOS, 9, EOS], [8, EOS])
+    strings = {"prompt": "a", "chosen": "b<eos>c", "rejected": "d"}
+    for rows in ([given], [strings]):
+        found = check(1, facts_of(rows, tokenizer=tokenizer, also={"template_closes_turns": True}))
+        assert (found.level, found.value["completions_with_several_eos"]) == ("error", 1)
     doubled = facts_of([ids([5], [7, EOS, EOS], [8, EOS])], also={"template_closes_turns": True})
     assert check(1, doubled).level == "error"
 
