@@ -36,6 +36,7 @@ LEFT_OUT = {
     "ranked_below_gap": "nearer than ranked_min_gap",
     "dropped_low_margin": "below min_score_margin",
     "ranked_undecided": "answers that win as often as they lose",
+    "ranked_unusable_answers": "answers without a text or a value",
 }
 # What takes less says nothing.
 _QUIET_SECONDS = 3.0
@@ -208,7 +209,7 @@ def _judge_bad_rows(spool: Spool, records: RecordSet, config: DataFields) -> Non
     if not spool.num_preferences:
         parts = [
             f"{spool.num_bad} bad",
-            f"{spool.counts['dropped_equal_pairs']} with chosen equal to rejected",
+            f"{spool.counts['dropped_equal_pairs']} with the same tokens as chosen and as rejected",
         ]
         parts += [f"{spool.counts[name]} {words}" for name, words in LEFT_OUT.items() if spool.counts[name]]
         raise DataError(
@@ -228,13 +229,18 @@ def _judge_their_number(spool: Spool, records: RecordSet, config: DataFields) ->
     else:
         remedy = f"mend them, or set on_bad_rows=skip (at most max_bad_fraction={config.max_bad_fraction:g})"
     shown = describe_bad_rows([(row.origin, row.reason) for row in spool.shown_bad], spool.num_bad)
+    expected = "".join(dict.fromkeys(f"; {row.expected}" for row in spool.shown_bad if row.expected))
     raise DataError(
-        f"{records.name}: {spool.num_bad} of {records.num_rows} rows cannot be used, {remedy}: {shown}"
+        f"{records.name}: {spool.num_bad} of {records.num_rows} rows cannot be used, {remedy}: "
+        f"{shown}{expected}"
     )
 
 
 def describe_bad_rows(shown: list[tuple[str, str]], number: int) -> str:
-    """The first bad rows as (origin, reason), and how many more there are."""
-    text = " | ".join(f"{origin}: {reason}" for origin, reason in shown)
+    """The first bad rows as (origin, reason), each reason once, and how many more there are."""
+    places: dict[str, list[str]] = {}
+    for origin, reason in shown:
+        places.setdefault(reason, []).append(origin)
+    text = " | ".join(f"{', '.join(origins)}: {reason}" for reason, origins in places.items())
     more = number - len(shown)
     return f"{text} | and {more} more" if more > 0 else text

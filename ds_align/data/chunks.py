@@ -31,6 +31,7 @@ COUNTED = (
     "ranked_ties",
     "ranked_below_gap",
     "ranked_undecided",
+    "ranked_unusable_answers",
     "pairs_equal_after_cut",
     "duplicate_rows",
     "contradictory_rows",
@@ -40,6 +41,8 @@ COUNTED = (
     "builtin_template_rows",
     "prompts_not_prefix",
     "strings_with_system_or_tools",
+    "instructions_with_unused_input",
+    "rows_as_messages",
 )
 
 

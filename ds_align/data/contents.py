@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -34,14 +35,34 @@ class RowError(ValueError):
 def require(row: Mapping[str, Any], column: str, expected: str) -> Any:
     """The value of a column that must be there."""
     if column not in row:
-        near = get_close_matches(column, list(row), n=1, cutoff=0.5)
-        hint = (
-            f", the nearest is {near[0]!r}: rename it or set the column map (dataset_*_field)" if near else ""
-        )
-        raise RowError(f"column {column!r} is missing, found {', '.join(map(str, row)) or 'no column'}{hint}")
+        found = ", ".join(map(str, row)) or "no column"
+        raise RowError(f"column {column!r} is missing, found {found}{_remedy(row, column)}")
     if row[column] is None:
         raise RowError(f"column {column!r} is null, expected {expected}")
     return row[column]
+
+
+def _remedy(row: Mapping[str, Any], column: str) -> str:
+    """What may be meant by a column that is missing."""
+    names = [str(name) for name in row]
+    if any(len(name.split()) > _MAX_WORDS_OF_A_NAME for name in names):
+        return "; does the first row of the file name the columns?"
+    if column == "prompt":
+        other = next((name for name in _LIKE_PROMPTS if name in row), None)
+        if other is not None:
+            return f"; if {other!r} holds the prompts, set dataset_prompt_field={other}"
+        if any(isinstance(row.get(name), str) and _DIALOGUE.match(row[name]) for name in _WHOLE_DIALOGUES):
+            return "; the prompt stands inside of the answers: write the turns as messages (role, content)"
+    near = get_close_matches(column, names, n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]!r}: rename it or set the column map (dataset_*_field)" if near else ""
+
+
+# What published preference sets call the prompt.
+_LIKE_PROMPTS = ("instruction", "question", "query", "input")
+# A dialogue in one string, as published with "Human:" and "Assistant:".
+_WHOLE_DIALOGUES = ("chosen", "completion")
+_DIALOGUE = re.compile(r"\s*(human|user)\s*:", re.IGNORECASE)
+_MAX_WORDS_OF_A_NAME = 3
 
 
 def present(row: Mapping[str, Any], column: str, usual: str, others: Sequence[str]) -> str:
@@ -103,14 +124,18 @@ def read_label(row: Mapping[str, Any], column: str) -> bool:
     return bool(value)
 
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+
+
 def read_number(row: Mapping[str, Any], column: str) -> float:
     """A finite number."""
     return as_number(require(row, column, "a number"), column)
 
 
 def as_number(value: Any, column: str) -> float:
-    """The value as a finite float; `column` is what errors name."""
+    """The value, or what its text says ("7.5"), as a finite float; `column` is what errors name."""
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    is_number = is_number or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is not None)
     try:
         number = float(value) if is_number else math.nan
     except OverflowError:

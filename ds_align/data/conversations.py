@@ -45,6 +45,9 @@ def split_conversation(
     answers = [turns[num_prompt:] for turns in completions]
     if not beginning:
         raise RowError("the conversations have no common beginning to serve as the prompt")
+    last = next((turns[-1]["role"] for turns in answers if turns), "assistant")
+    if last != "assistant":
+        raise RowError(f"a conversation ends with a {last} message, expected the assistant's answer last")
     if beginning[-1]["role"] == "assistant":
         raise RowError(
             "the prompt ends with an assistant message, expected a user, system or tool message last"

@@ -59,6 +59,11 @@ def describe_decisions(found: Tokenized, name: str, source: Source, config: Data
             "tools in columns of their own, which strings do not show; give message lists to use them, or "
             "write them into the prompt"
         )
+    if counts["instructions_with_unused_input"]:
+        notes.append(
+            f"{name}: {counts['instructions_with_unused_input']} rows have an instruction and a text in "
+            "'input', which is not read; write both into one column"
+        )
     if counts["prompts_not_prefix"]:
         notes.append(
             f"{name}: in {counts['prompts_not_prefix']} conversations the chat template's generation prompt "

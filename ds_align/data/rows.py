@@ -31,10 +31,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used, and why."""
+    """One row that cannot be used, and why; expected: what rows of its kind hold, where that is known."""
 
     origin: str
     reason: str
+    expected: str = ""
 
 
 class Rows(Protocol):
@@ -126,7 +127,10 @@ class JsonlRows:
         except UnicodeDecodeError as error:
             return BadRow(origin, utf8_reason(offset + start + error.start, raw[start + error.start]))
         except json.JSONDecodeError as error:
-            reason = f"malformed JSON ({error.msg}); expected one JSON object a line; mend or remove it"
+            remedy = "mend or remove it"
+            if raw[start:].lstrip().startswith(b"[") and number == 1:
+                remedy = "a file that is one JSON list is read under the ending .json"
+            reason = f"malformed JSON ({error.msg}); expected one JSON object a line; {remedy}"
             return BadRow(f"{origin}:{error.colno}", reason)
         except (ValueError, RecursionError) as error:
             return BadRow(origin, f"JSON that cannot be read ({error}); mend or remove the line")
@@ -171,10 +175,18 @@ def no_places() -> Places:
 
 def utf8_reason(offset: int, byte: int) -> str:
     """Where a file stops being UTF-8, and the remedy."""
+    if offset == 0 and byte in (0xFF, 0xFE):
+        return (
+            "the file begins with the byte order mark of UTF-16; save it as UTF-8, or convert it with iconv "
+            "-f UTF-16 -t UTF-8"
+        )
     return f"invalid UTF-8 at byte offset {offset} (0x{byte:02x}); convert the file to UTF-8, e.g. with iconv"
 
 
 def _as_row(origin: str, value: Any) -> Record | BadRow:
     if isinstance(value, Mapping):
         return Record(origin, value)
-    return BadRow(origin, f"found {type(value).__name__}, expected an object with named columns")
+    found = f"found {type(value).__name__}, expected an object with named columns"
+    return BadRow(
+        origin, f"{found}; a file that is one list ends in .json" if isinstance(value, list) else found
+    )

@@ -62,7 +62,10 @@ CONVERSATION_COLUMNS = ("conversations", "messages")
 KL_COLUMNS = ("kl_completion", "kl_completion_ids")
 # Names in public data sets, looked for where a column keeps its usual name and is not there.
 OTHER_LABELS = ("kto_tag",)
-OTHER_PROMPTS = ("instruction",)
+INSTRUCTION = "instruction"
+# What an instruction of the Alpaca form is about stands in a column of its own.
+INSTRUCTION_INPUT = "input"
+OTHER_PROMPTS = (INSTRUCTION,)
 OTHER_CHOSEN_SCORES = ("score_chosen",)
 OTHER_REJECTED_SCORES = ("score_rejected",)
 # Embeddings, overrides and isolates reorder what a reader sees; the marks U+200E, U+200F and U+061C are
@@ -181,7 +184,7 @@ def parse_row(
     try:
         return _parse(record, layout, columns, rules or PairRules())
     except RowError as error:
-        return BadRow(record.origin, f"{error}; {SCHEMAS[layout]}")
+        return BadRow(record.origin, str(error), SCHEMAS[layout])
 
 
 def count_text_hazards(preference: Preference, counts: Counter[str]) -> None:
@@ -281,11 +284,12 @@ def _read_ranked(row: Mapping[str, Any], columns: Columns, rules: PairRules) -> 
     ranked = read_ranked_list(row, columns)
     prompt_column = present(row, columns.prompt, "prompt", OTHER_PROMPTS)
     comparisons, left_out = choose_pairs(ranked, row.get(prompt_column), rules)
-    places = [f"{ranked.columns[0]}[{number}]" for number in range(len(ranked.answers))]
+    if ranked.num_unusable:
+        left_out["ranked_unusable_answers"] = ranked.num_unusable
     return _Reading(
         "ranked lists",
         ranked.answers,
-        places,
+        list(ranked.places),
         list(ranked.columns),
         comparisons=comparisons,
         counted=dict(left_out),
@@ -301,6 +305,13 @@ def _filter_by_margin(reading: _Reading, row: Mapping[str, Any], columns: Column
         present(row, columns.chosen_score, "chosen_score", OTHER_CHOSEN_SCORES),
         present(row, columns.rejected_score, "rejected_score", OTHER_REJECTED_SCORES),
     )
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise RowError(
+            f"min_score_margin={rules.min_score_margin:g} needs the columns {names[0]!r} and {names[1]!r}, "
+            f"found {', '.join(map(str, row))}; leave min_score_margin out, or name them with "
+            "dataset_chosen_score_field and dataset_rejected_score_field"
+        )
     chosen, rejected = (read_number(row, name) for name in names)
     reading.used += names
     if not is_at_least(chosen - rejected, rules.min_score_margin):
@@ -314,6 +325,8 @@ def _read_prompt(
     """(prompt, y', tools); what the completions repeat of the prompt is taken off them."""
     prompt = _prompt(row, reading)
     extra = [name for name in (columns.system, columns.tools) if row.get(name) not in (None, "", [])]
+    if reading.prompt_column == INSTRUCTION and row.get(INSTRUCTION_INPUT) not in (None, ""):
+        reading.counted["instructions_with_unused_input"] = 1
     if all(isinstance(part, str) for part in (prompt, *reading.completions)):
         if isinstance(kl, list):
             raise RowError("column 'kl_completion' holds messages, the other columns strings; give one form")
@@ -321,6 +334,7 @@ def _read_prompt(
             reading.counted["strings_with_system_or_tools"] = 1
         return prompt, kl, None
     reading.kind = f"{reading.kind} as messages"
+    reading.counted["rows_as_messages"] = 1
     reading.used += extra
     turns = [as_turns(part, "assistant") for part in reading.completions]
     prompt, reading.completions = split_conversation(prompt, turns)

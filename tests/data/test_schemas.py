@@ -111,10 +111,47 @@ def test_token_ids_are_taken_as_int32():
 
 
 def test_a_missing_column_names_the_nearest_and_the_schema():
-    found = reason({"prompt": "a", "chosne": "b", "rejected": "c"})
-    assert "column 'chosen' is missing, found prompt, chosne, rejected, the nearest is 'chosne'" in found
-    assert "pairs need {prompt, chosen, rejected}" in found
-    assert "dataset_*_field" in found
+    bad = parse({"prompt": "a", "chosne": "b", "rejected": "c"})
+    found = "column 'chosen' is missing, found prompt, chosne, rejected; the nearest is 'chosne'"
+    assert found in bad.reason
+    assert "pairs need {prompt, chosen, rejected}" in bad.expected
+    assert "dataset_*_field" in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"instruction": "a", "input": "", "chosen": "b", "rejected": "c"},
+            "if 'instruction' holds the prompts, set dataset_prompt_field=instruction",
+        ),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "set dataset_prompt_field=question"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            "the prompt stands inside of the answers: write the turns as messages",
+        ),
+        (
+            {"What is the largest planet?": "Name a colour.", "Jupiter it is.": "Red."},
+            "does the first row of the file name the columns?",
+        ),
+    ],
+)
+def test_a_missing_column_of_a_known_form_has_its_own_remedy(row, expected):
+    assert expected in reason(row)
+
+
+def test_an_instruction_with_an_input_beside_it_is_counted():
+    row = {"instruction": "Sum up.", "input": "A long text.", "chosen": "b", "rejected": "c"}
+    found = parse(row, prompt="instruction")
+    assert found.counted == {"instructions_with_unused_input": 1}
+    assert not parse(row | {"input": ""}, prompt="instruction").counted
+    assert not parse(row | {"prompt": "p"}).counted
+
+
+def test_a_conversation_that_ends_with_the_users_turn_says_so():
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    found = reason({"messages": turns, "label": True}, "unpaired")
+    assert "a conversation ends with a user message, expected the assistant's answer last" in found
 
 
 @pytest.mark.parametrize(
