@@ -59,11 +59,12 @@ class Meter:
 
     marks: (wall seconds, CPU seconds of the process) at the start of training and after each step. The peak
     is reset when the models are loaded: loaded_mb is what is there then, peak_mb the most until the last
-    step. profiled: the step (from 1) whose live tensors are watched, which costs time: one of the warm-up.
+    step. profiled: the step (from 1) whose live tensors are watched, which takes as long as the step itself:
+    the last of the warm-up.
     """
 
     device: str
-    profiled: int = 2
+    profiled: int
     marks: list[tuple[float, float]] = field(default_factory=list)
     loading_peak_mb: float = 0.0
     loaded_mb: float = 0.0
@@ -101,7 +102,8 @@ class Meter:
         if self._watch is not None:
             self.live_peak_mb = self._watch.stop()
             self._watch = None
-        elif len(self.marks) == self.profiled:
+        # The mark of this moment is not there yet: with none, training begins, and so does step 1.
+        elif len(self.marks) == self.profiled - 1:
             self._watch = _LivePeak()
 
     def result(self, warm_up: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import metering
 from benchmarks.gemm_floor import Pack, floor_seconds
 from benchmarks.metering import Meter
 from benchmarks.vs_trl_cases import PROFILES, Case, groups_from_file, rows_of
@@ -85,7 +86,7 @@ def test_texts_from_a_file_become_ids_of_the_vocabulary(tmp_path):
 
 
 def test_the_meter_leaves_the_warm_up_out():
-    meter = Meter("cpu")
+    meter = Meter("cpu", profiled=1)
     # Loaded at 10 s, steps end at 13, 15, 19: after one step of warm-up 2 steps of 3 s and 1.5 CPU s.
     meter.marks = [(10.0, 1.0), (13.0, 2.0), (15.0, 3.0), (19.0, 5.0)]
     result = meter.result(1)
@@ -95,19 +96,39 @@ def test_the_meter_leaves_the_warm_up_out():
 def test_live_tensors_are_told_without_the_holes_of_malloc():
     import torch
 
-    meter = Meter("cpu", profiled=1)
+    meter = Meter("cpu", profiled=2)
     meter.loaded()
-    kept = torch.zeros(2**20)  # 4 MiB; after loaded(), before the step that is watched
-    meter.marks.clear()
-    meter.mark()  # a step of warm-up ends
-    meter.mark()  # the watch begins
+    kept = torch.zeros(2**20)  # 4 MiB in step 1
+    meter.mark()  # the watch of step 2 begins
     for _ in range(3):
         first, second = torch.zeros(2**20), torch.zeros(2**21)  # 4 and 8 MiB at once
         del first, second
     kept.grad = torch.zeros(2**20)  # 4 MiB that stay
-    meter.mark()
+    meter.mark()  # it ends
     # 4 there before, then 4 + 8 at once; the gradient came when those were gone.
-    assert meter.result(1)["live_growth_mb"] == pytest.approx(4 + 4 + 8, abs=0.1)
+    meter.mark()
+    assert meter.result(2)["live_growth_mb"] == pytest.approx(4 + 4 + 8, abs=0.1)
+
+
+@pytest.mark.parametrize("warm_up", [1, 2])
+def test_the_watch_of_live_tensors_is_over_when_the_timed_steps_begin(warm_up, monkeypatch):
+    watched: list[str] = []
+
+    class Watch:
+        def __init__(self) -> None:
+            watched.append(f"begins after mark {len(meter.marks)}")
+
+        def stop(self) -> float:
+            watched.append(f"ends before mark {len(meter.marks) + 1}")
+            return 0.0
+
+    monkeypatch.setattr(metering, "_LivePeak", Watch)
+    meter = Meter("cpu", profiled=warm_up)
+    meter.loaded()  # mark 1
+    for _ in range(4):
+        meter.mark()
+    # Timed steps begin with mark warm_up + 1.
+    assert watched == [f"begins after mark {warm_up - 1}", f"ends before mark {warm_up + 1}"]
 
 
 def test_padded_rows_count_whole():
