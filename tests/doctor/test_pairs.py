@@ -82,13 +82,38 @@ def mixed(tmp_path, *parts: list[dict], method="dpo", **settings):
     return replace(facts, config=config, train=load_splits(config, make_tokenizer()).train)
 
 
-def test_a_mixture_is_not_said_to_be_free_of_what_was_not_looked_for(tmp_path):
-    other = [row | {"prompt": f"other {row['prompt']}"} for row in texts(6)]
-    facts = mixed(tmp_path, texts(6), other)
-    found = check(5, facts)
-    assert (found.level, found.value["repeats_across_parts"]) == ("ok", 0)
-    assert found.message.endswith("nearly equal texts of a mixture were not looked for")
-    assert check(14, facts).message.endswith("the texts of the mixture were not read")
+def test_the_texts_of_a_mixture_are_read(tmp_path):
+    others = [row | {"prompt": f"other {row['prompt']}"} for row in texts(6)]
+    facts = mixed(tmp_path, texts(6), others)
+    assert (check(5, facts).level, check(5, facts).value["repeats_across_parts"]) == ("ok", 0)
+    # One part has the prompt under another name; both have a row that the other nearly repeats.
+    long = "this is a rather long answer to nothing in particular"
+    first = [{"prompt": "why?", "chosen": long, "rejected": "no"}, *texts(3)]
+    second = [{"question": "why? ", "chosen": long.upper(), "rejected": "no"}]
+    second += [
+        {"question": f"{number}!", "chosen": "caf\u00c3\u00a9 \u00c3\u00a9", "rejected": "no"}
+        for number in range(2)
+    ]
+    paths = [
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", first), ("b", second))
+    ]
+    parts = [{"path": str(paths[0])}, {"path": str(paths[1]), "columns": {"prompt": "question"}}]
+    config = DPOConfig(mixture=parts, dataset_cache_dir="none")
+    found = read_texts(config, load_splits(config, make_tokenizer()))
+    assert (found.num_rows, found.num_garbled) == (7, 2)
+    assert found.duplicates.counts["near_duplicate"] == 1
+    (finding,) = [f for f in found.duplicates.findings if f.kind == "near_duplicate"]
+    assert finding.origins == (f"{paths[0]}:1", f"{paths[1]}:1")
+
+
+def test_a_mixture_of_pairs_and_labelled_answers_is_read_as_both(tmp_path):
+    pairs = [*texts(2), texts(1)[0]]
+    answers = [*labelled(2, 2), labelled(1, 0)[0]]
+    paths = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((pairs, answers))]
+    config = METHODS["kto"].config(mixture=[{"path": str(path)} for path in paths], dataset_cache_dir="none")
+    found = read_texts(config, load_splits(config, make_tokenizer()))
+    assert (found.num_rows, found.duplicates.num_rows) == (8, 8)
+    assert found.duplicates.counts["duplicate"] == 2
 
 
 def test_rows_that_stand_in_two_parts_of_a_mixture(tmp_path):
