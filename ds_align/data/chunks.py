@@ -42,6 +42,8 @@ COUNTED = (
     "prompts_not_prefix",
     "strings_with_system_or_tools",
     "instructions_with_unused_input",
+    "pairs_with_unused_label",
+    "pairs_scored_the_other_way",
     "rows_as_messages",
 )
 

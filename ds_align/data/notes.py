@@ -19,6 +19,27 @@ _COMPARED = {
 }
 
 
+# What is counted, and the sentence for it: {0} is the count, {1} all rows.
+_OF_COUNTS = {
+    "builtin_template_rows": "the tokenizer has no chat template; {0} conversations were written with the "
+    "built-in one (role headers such as 'User:'); give --chat_template to choose another",
+    "strings_with_system_or_tools": "{0} rows are strings and have a system prompt or tools in columns of "
+    "their own, which strings do not show; give message lists to use them, or write them into the prompt",
+    "instructions_with_unused_input": "{0} rows have an instruction and a text in 'input', which is not "
+    "read; write both into one column",
+    "pairs_with_unused_label": "{0} rows are pairs and have a labelled completion, too, which is not read; "
+    "split the two into rows of their own",
+    "pairs_scored_the_other_way": "{0} pairs have a chosen_score below the rejected_score and are trained as "
+    "they are; look which is right, or set min_score_margin=0",
+    "prompts_not_prefix": "in {0} conversations the chat template's generation prompt is not the beginning "
+    "of the whole; the prompt was taken from the whole conversation",
+    "pairs_equal_after_cut": "{0} pairs differ only in what was cut off, so they teach nothing; raise "
+    "max_length or max_completion_length, or lower max_prompt_length",
+    "rows_without_kl_completion": "{0} of {1} rows have no y' for KTO's z0 (no row has another prompt); they "
+    "are left out of its mean, and with no row left it is 0",
+}
+
+
 def summarise(found: Tokenized, name: str, inputs: Layout, config: DataFields) -> str:
     """One line: what the rows were read as, with the columns that were used, and what became of them."""
     counts, forms = found.counts, sorted(found.forms.items(), key=lambda item: -item[1])
@@ -47,38 +68,9 @@ def describe_decisions(found: Tokenized, name: str, source: Source, config: Data
             f"{describe_bad_rows(shown, counts['bad_rows'])}"
         )
     notes += _describe_duplicates(found, name, source)
-    if counts["builtin_template_rows"]:
-        notes.append(
-            f"{name}: the tokenizer has no chat template; {counts['builtin_template_rows']} conversations "
-            "were written with the built-in one (role headers such as 'User:'); give --chat_template to "
-            "choose another"
-        )
-    if counts["strings_with_system_or_tools"]:
-        notes.append(
-            f"{name}: {counts['strings_with_system_or_tools']} rows are strings and have a system prompt or "
-            "tools in columns of their own, which strings do not show; give message lists to use them, or "
-            "write them into the prompt"
-        )
-    if counts["instructions_with_unused_input"]:
-        notes.append(
-            f"{name}: {counts['instructions_with_unused_input']} rows have an instruction and a text in "
-            "'input', which is not read; write both into one column"
-        )
-    if counts["prompts_not_prefix"]:
-        notes.append(
-            f"{name}: in {counts['prompts_not_prefix']} conversations the chat template's generation prompt "
-            "is not the beginning of the whole; the prompt was taken from the whole conversation"
-        )
-    if counts["pairs_equal_after_cut"]:
-        notes.append(
-            f"{name}: {counts['pairs_equal_after_cut']} pairs differ only in what was cut off, so they teach "
-            "nothing; raise max_length or max_completion_length, or lower max_prompt_length"
-        )
-    if counts["rows_without_kl_completion"]:
-        notes.append(
-            f"{name}: {counts['rows_without_kl_completion']} of {counts['rows']} rows have no y' for KTO's "
-            "z0 (no row has another prompt); they are left out of its mean, and with no row left it is 0"
-        )
+    for counted, sentence in _OF_COUNTS.items():
+        if counts[counted]:
+            notes.append(f"{name}: {sentence.format(counts[counted], counts['rows'])}")
     return tuple(notes)
 
 

@@ -221,7 +221,7 @@ def _parse(record: Record, layout: RowLayout, columns: Columns, rules: PairRules
     row = record.columns
     reading = _read_ranked(row, columns, rules) if layout == "ranked" else _read_answers(row, layout, columns)
     if layout == "pairs":
-        _filter_by_margin(reading, row, columns, rules)
+        _judge_scores(reading, row, columns, rules)
     kl_column = KL_COLUMNS[0]
     if isinstance(reading.completions[0], np.ndarray):
         kl_column = KL_COLUMNS[1]
@@ -297,14 +297,19 @@ def _read_ranked(row: Mapping[str, Any], columns: Columns, rules: PairRules) -> 
     )
 
 
-def _filter_by_margin(reading: _Reading, row: Mapping[str, Any], columns: Columns, rules: PairRules) -> None:
-    """Leaves a pair out whose scores are nearer than min_score_margin."""
-    if rules.min_score_margin is None:
-        return
+def _judge_scores(reading: _Reading, row: Mapping[str, Any], columns: Columns, rules: PairRules) -> None:
+    """Leaves a pair out whose scores are nearer than min_score_margin; counts what else it says of itself."""
     names = (
         present(row, columns.chosen_score, "chosen_score", OTHER_CHOSEN_SCORES),
         present(row, columns.rejected_score, "rejected_score", OTHER_REJECTED_SCORES),
     )
+    if row.get(columns.completion) is not None and row.get(columns.label) is not None:
+        reading.counted["pairs_with_unused_label"] = 1
+    if rules.min_score_margin is None:
+        scores = [row.get(name) for name in names]
+        if all(type(score) in (int, float) for score in scores) and scores[0] < scores[1]:
+            reading.counted["pairs_scored_the_other_way"] = 1
+        return
     missing = [name for name in names if name not in row]
     if missing:
         raise RowError(

@@ -298,3 +298,16 @@ def test_hazards_are_counted_and_arabic_marks_are_not():
     for text in ("\u202eabc", "می\u200cروم \u200fنعم\u200e \u061c", "a\0b", "plain"):
         count_text_hazards(Preference("x", text, ("b", "c")), counts)
     assert counts == Counter(rows_with_bidi_controls=1, rows_with_nul=1)
+
+
+def test_a_pair_that_is_also_a_labelled_answer_is_counted():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d", "label": True}
+    assert parse(row).counted == {"pairs_with_unused_label": 1}
+    assert not parse(row | {"label": None}).counted
+
+
+def test_a_pair_whose_scores_say_the_opposite_is_counted():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 1.0, "rejected_score": 2}
+    assert parse(row).counted == {"pairs_scored_the_other_way": 1}
+    for scores in ((2, 2), (3.0, 2), (None, 2), ("1", 2)):
+        assert not parse(row | dict(zip(("chosen_score", "rejected_score"), scores, strict=True))).counted
