@@ -157,7 +157,7 @@ class BatchFields(Schema):
     per_device_eval_batch_size: Count = Field(8, description="Preferences per device and evaluation batch.")
     pack_max_tokens: Count | Literal["auto"] = Field(
         "auto",
-        description="Most tokens of one pack (a micro-batch), padding of padded rows included; auto: 1024 "
+        description="Most tokens of one pack (a micro-batch), padding of padded rows included; auto: 512 "
         "on CPU, 16384 on GPU. A larger preference has a pack of its own.",
     )
     ref_batch_tokens: Count | Literal["auto"] = Field(
