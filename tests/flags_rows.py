@@ -73,7 +73,7 @@ ROWS = {
         Effect(
             MARGIN, "train_rows tokens", base=SCORED, holds=has_rows(6, "6 below min_score_margin left out")
         ),
-        Refused(MARGIN, "'chosen_score' is missing"),
+        Refused(MARGIN, "min_score_margin=1 needs the columns 'chosen_score' and 'rejected_score'"),
     ],
     "dataset_completions_field": renamed("completions", LISTS),
     "dataset_scores_field": renamed("scores", LISTS),
