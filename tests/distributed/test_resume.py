@@ -150,7 +150,7 @@ REFUSED = {
     "stage": "CheckpointError 4: ds_config.zero_optimization.stage: 1 -> 2",
     "model": "CheckpointError 4: model_name_or_path:",
     "nowhere": "CheckpointError 4: manifest.json: there is no such file",
-    "data": "CheckpointError 4: train_data:",
+    "data": "CheckpointError 4: the training data are other rows",
     "none": "ConfigError 2: already holds a run",
     "elsewhere": "ConfigError 2: already holds a run",
 }
