@@ -69,6 +69,7 @@ class Bench:
         self.folder = work / case.name.replace(" ", "-")
         self.folder.mkdir()
         self.timeout = arguments.timeout
+        self.micro_batches = arguments.micro_batches
         self.environment = child_environment(arguments.threads, device=DEVICE)
         model = work / case.model
         if not model.is_dir():
@@ -124,7 +125,7 @@ def measure(bench: Bench, repeats: int, say: Callable[[str], None]) -> Runs:
         say(f"floor {runs.floor[-1]['floor_s']:.3f} s a step")
 
     ours()
-    for size in reversed(bench.case.micro_batches()):
+    for size in reversed([size for size in bench.case.micro_batches() if size in bench.micro_batches]):
         trl(size)
     floor()
     if not runs.trl:
@@ -170,6 +171,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=["mixed"])
     parser.add_argument("--references", nargs="+", choices=("live", "cache"), default=["live"])
+    parser.add_argument(
+        "--micro_batches",
+        type=int,
+        nargs="+",
+        choices=(1, 2, 4, 8),
+        default=[1, 2, 4, 8],
+        help="TRL's, among which its fastest is found",
+    )
     parser.add_argument("--prompts", type=int, default=8, help="prompts in a step; a multiple of 8")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a run")
     parser.add_argument("--warm_up", type=int, default=2, help="steps before them")

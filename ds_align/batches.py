@@ -29,6 +29,9 @@ from ds_align.packing import (
 # Packs of this size keep the matrix products efficient; larger ones cost memory and gain little.
 # Measured on one core: from 512 tokens on a pack's size changes its memory, not its speed.
 _PACK_TOKENS = {"cpu": 512, "cuda": 16384}
+# A prompt with many answers would be cut into several small packs and computed in each, as would answers that
+# stand in several pairs. Who names the size of a pack knows his memory: it is kept then.
+_GROUP_FACTOR = {"cpu": 2, "cuda": 1}
 # The reference keeps no activations, and its cost under offload is one gather a pass: larger packs.
 _REFERENCE_FACTOR = 8
 
@@ -75,6 +78,12 @@ class BatchPlanner:
         """The most tokens of a training pack; a single larger preference still gets a pack of its own."""
         chosen = self.config.pack_max_tokens
         return _PACK_TOKENS[self.device.type] if chosen == "auto" else chosen
+
+    @property
+    def group_tokens(self) -> int:
+        """The most tokens of a pack that holds the preferences of one prompt alone."""
+        factor = _GROUP_FACTOR[self.device.type] if self.config.pack_max_tokens == "auto" else 1
+        return factor * self.pack_tokens
 
     @property
     def reference_tokens(self) -> int:
@@ -152,6 +161,7 @@ class BatchPlanner:
             world_size=self.world_size,
             layout=self.layout,
             pack_tokens=self.pack_tokens,
+            group_tokens=self.group_tokens,
             reference_tokens=self.reference_tokens,
             needs_reference=self.needs_reference and self.read_reference is None,
             cost=self.cost,

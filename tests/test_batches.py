@@ -234,6 +234,12 @@ def test_planning_touches_no_device() -> None:
     # For a GPU that is not there: whatever asked it would fail.
     planner, data = planner_of(device="cuda", pack_max_tokens="auto"), data_of()
     assert planner.pack_tokens == 16384 and planner.reference_tokens == 8 * 16384
+    assert planner.group_tokens == 16384
+    own = planner_of(pack_max_tokens="auto")
+    assert (own.pack_tokens, own.group_tokens) == (512, 1024)
+    # What a user names is never exceeded but by a single preference.
+    named = planner_of(pack_max_tokens=300)
+    assert (named.pack_tokens, named.group_tokens) == (300, 300)
     batch = planner.lay_out(data, range(6))
     assert batch.micro_batches[0].input_ids.device.type == batch.unit_lengths.device.type == "cpu"
 

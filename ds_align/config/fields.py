@@ -158,7 +158,7 @@ class BatchFields(Schema):
     pack_max_tokens: Count | Literal["auto"] = Field(
         "auto",
         description="Most tokens of one pack (a micro-batch), padding of padded rows included; auto: 512 "
-        "on CPU, 16384 on GPU. A larger preference has a pack of its own.",
+        "on CPU (1024 for the preferences of one prompt), 16384 on GPU. A larger preference has its own.",
     )
     ref_batch_tokens: Count | Literal["auto"] = Field(
         "auto", description="Most tokens of one pack of the reference, which may be far larger."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -200,6 +201,45 @@ def test_a_prompt_with_more_pairs_than_a_pack_holds_is_split() -> None:
     # Three ranks: one pair each, although one pack would hold all.
     plan = plan_of(PreferenceTable.from_preferences(pairs), 3, Layout.SHARED, pack_tokens=1000)
     assert plan.rank_tokens == [50, 50, 50] and plan.rank_imbalance == 1.0
+
+
+def test_a_prompt_stays_whole_up_to_the_tokens_of_a_group() -> None:
+    # Four answers of 20 tokens in all six pairs: 10 + 4 * 20 = 90 tokens whole; cut, answers repeat.
+    prompt = np.zeros(10, dtype=np.int32)
+    answers = [np.full(20, number, dtype=np.int32) for number in range(4)]
+    pairs = [Pair(prompt, one, other) for one, other in itertools.combinations(answers, 2)]
+    table = PreferenceTable.from_preferences(pairs)
+
+    def plan(group_tokens: int | None) -> StepPlan:
+        return plan_step(
+            table,
+            world_size=1,
+            layout=Layout.SHARED,
+            pack_tokens=70,
+            reference_tokens=70,
+            needs_reference=True,
+            group_tokens=group_tokens,
+        )
+
+    whole, cut = plan(90), plan(None)
+    assert [[group.num_tokens for group in pack] for pack in whole.train[0]] == [[90]]
+    assert (whole.rank_tokens, whole.num_oversized) == ([90], 0)
+    assert plan(89).rank_tokens == cut.rank_tokens
+    assert cut.rank_tokens[0] > 90
+    # A smaller limit than the pack's own changes nothing, and packs of several prompts keep to the pack's.
+    assert plan(10).train == cut.train
+    other = np.ones(10, dtype=np.int32)
+    both = PreferenceTable.from_preferences([*pairs, Pair(other, answers[0], answers[1])])
+    packs = plan_step(
+        both,
+        world_size=1,
+        layout=Layout.SHARED,
+        pack_tokens=70,
+        reference_tokens=70,
+        needs_reference=False,
+        group_tokens=200,
+    ).train[0]
+    assert sorted(sum(group.num_tokens for group in pack) for pack in packs) == [50, 90]
 
 
 def test_more_ranks_than_preferences_get_dummies() -> None:
