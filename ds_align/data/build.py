@@ -236,11 +236,18 @@ def _judge_their_number(spool: Spool, records: RecordSet, config: DataFields) ->
     )
 
 
+def _together(origins: list[str]) -> str:
+    """Lines of one file with its name once: `file:1, 2, 5`."""
+    file = origins[0].rpartition(":")[0]
+    lines = [origin.removeprefix(f"{file}:") for origin in origins]
+    return f"{file}:{', '.join(lines)}" if all(map(str.isdigit, lines)) else ", ".join(origins)
+
+
 def describe_bad_rows(shown: list[tuple[str, str]], number: int) -> str:
     """The first bad rows as (origin, reason), each reason once, and how many more there are."""
     places: dict[str, list[str]] = {}
     for origin, reason in shown:
         places.setdefault(reason, []).append(origin)
-    text = " | ".join(f"{', '.join(origins)}: {reason}" for reason, origins in places.items())
+    text = " | ".join(f"{_together(origins)}: {reason}" for reason, origins in places.items())
     more = number - len(shown)
     return f"{text} | and {more} more" if more > 0 else text

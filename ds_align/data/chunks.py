@@ -45,6 +45,7 @@ COUNTED = (
     "pairs_with_unused_label",
     "pairs_scored_the_other_way",
     "rows_as_messages",
+    "rows_of_token_ids",
 )
 
 

@@ -45,7 +45,7 @@ def require(row: Mapping[str, Any], column: str, expected: str) -> Any:
 def _remedy(row: Mapping[str, Any], column: str) -> str:
     """What may be meant by a column that is missing."""
     names = [str(name) for name in row]
-    if any(len(name.split()) > _MAX_WORDS_OF_A_NAME for name in names):
+    if any(len(name.split()) > MAX_WORDS_OF_A_NAME for name in names):
         return "; does the first row of the file name the columns?"
     if column == "prompt":
         other = next((name for name in _LIKE_PROMPTS if name in row), None)
@@ -62,7 +62,8 @@ _LIKE_PROMPTS = ("instruction", "question", "query", "input")
 # A dialogue in one string, as published with "Human:" and "Assistant:".
 _WHOLE_DIALOGUES = ("chosen", "completion")
 _DIALOGUE = re.compile(r"\s*(human|user)\s*:", re.IGNORECASE)
-_MAX_WORDS_OF_A_NAME = 3
+# What is longer is a text, and no name of a column.
+MAX_WORDS_OF_A_NAME = 3
 
 
 def present(row: Mapping[str, Any], column: str, usual: str, others: Sequence[str]) -> str:

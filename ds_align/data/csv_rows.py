@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ds_align.data.contents import MAX_WORDS_OF_A_NAME
 from ds_align.data.rows import MAX_LINE_BYTES, BadRow, Places, Record, no_places, utf8_reason
 from ds_align.data.text_file import TextFile
 from ds_align.errors import DataError
@@ -157,11 +158,11 @@ class CsvRows:
         if isinstance(cells, str):
             return BadRow(origin, f"{cells}; mend or remove the row")
         if len(cells) != len(self._names):
-            return BadRow(
-                origin,
-                f"the row has {len(cells)} cells, the first row names {len(self._names)} columns; quote "
-                f"cells that hold {self._delimiter!r} or line ends",
-            )
+            remedy = f"quote cells that hold {self._delimiter!r} or line ends"
+            if any(len(name.split()) > MAX_WORDS_OF_A_NAME for name in self._names):
+                remedy = "does the first row of the file name the columns?"
+            found = f"the row has {len(cells)} cells, the first row names {len(self._names)} columns"
+            return BadRow(origin, f"{found}; {remedy}")
         try:
             values = {
                 name: self._cells.read(name, cell) for name, cell in zip(self._names, cells, strict=True)

@@ -228,6 +228,7 @@ def _parse(record: Record, layout: RowLayout, columns: Columns, rules: PairRules
         prompt, tools = read_ids(row, ID_COLUMNS[layout][0]), None
         kl = read_ids(row, kl_column) if row.get(kl_column) is not None else None
         reading.used.insert(0, ID_COLUMNS[layout][0])
+        reading.counted["rows_of_token_ids"] = 1
     else:
         kl = read_content(row, kl_column) if row.get(kl_column) is not None else None
         prompt, kl, tools = _read_prompt(row, reading, kl, columns)

@@ -129,6 +129,11 @@ def test_a_comma_in_the_first_row_stays_the_delimiter(tmp_path):
     assert found.columns == {"prompt": "a;b"}
 
 
+def test_a_first_row_of_texts_is_asked_about(tmp_path):
+    (bad,) = rows(tmp_path, "What is the largest planet?,Jupiter is the largest.\nWhy?\n")
+    assert "the row has 1 cells, the first row names 2 columns; does the first row" in bad.reason
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 def test_utf16_is_named(tmp_path, encoding):
     mark = "\ufeff" if encoding.endswith("be") else ""
