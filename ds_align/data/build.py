@@ -219,7 +219,9 @@ def _judge_bad_rows(spool: Spool, records: RecordSet, config: DataFields) -> Non
 
 
 def _judge_their_number(spool: Spool, records: RecordSet, config: DataFields) -> None:
-    fraction = spool.num_bad / records.num_rows
+    # What a bad row took along was one row with it before.
+    num_rows = records.num_rows + spool.num_swallowed
+    fraction = spool.num_bad / num_rows
     if config.on_bad_rows == "skip" and fraction <= config.max_bad_fraction:
         return
     if config.on_bad_rows == "skip":
@@ -231,8 +233,7 @@ def _judge_their_number(spool: Spool, records: RecordSet, config: DataFields) ->
     shown = describe_bad_rows([(row.origin, row.reason) for row in spool.shown_bad], spool.num_bad)
     expected = "".join(dict.fromkeys(f"; {row.expected}" for row in spool.shown_bad if row.expected))
     raise DataError(
-        f"{records.name}: {spool.num_bad} of {records.num_rows} rows cannot be used, {remedy}: "
-        f"{shown}{expected}"
+        f"{records.name}: {spool.num_bad} of {num_rows} rows cannot be used, {remedy}: {shown}{expected}"
     )
 
 

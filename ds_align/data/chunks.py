@@ -38,6 +38,7 @@ COUNTED = (
     "rows_without_kl_completion",
     "rows_with_bidi_controls",
     "rows_with_nul",
+    "rows_with_eos_inside",
     "builtin_template_rows",
     "prompts_not_prefix",
     "strings_with_system_or_tools",
@@ -143,8 +144,9 @@ class ChunkEncoder:
         good = [row for row in parsed if isinstance(row, Preference) and not row.is_left_out]
         texts = [row for row in good if needs_tokenizer(row.prompt)]
         encoded_texts = iter(self._encode_texts(texts, counts) if texts else [])
+        eos = getattr(self._settings.tokenizer, "eos_token", None)
         for row in good:
-            count_text_hazards(row, counts)
+            count_text_hazards(row, counts, eos)
         for row in parsed:
             if isinstance(row, BadRow):
                 yield row

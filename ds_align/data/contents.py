@@ -47,6 +47,10 @@ def _remedy(row: Mapping[str, Any], column: str) -> str:
     names = [str(name) for name in row]
     if any(len(name.split()) > MAX_WORDS_OF_A_NAME for name in names):
         return "; does the first row of the file name the columns?"
+    if len(names) == 1 and any(sign in names[0] for sign in ",;|\t"):
+        return (
+            "; the first row was read as one column: quote each cell by itself, and mend or drop a sep= line"
+        )
     if column == "prompt":
         other = next((name for name in _LIKE_PROMPTS if name in row), None)
         if other is not None:
@@ -117,9 +121,14 @@ def as_turns(content: str | list[Message], role: str) -> list[Message]:
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
+LABEL_TEXTS = {"true": True, "false": False, "1": True, "0": False}
+
+
 def read_label(row: Mapping[str, Any], column: str) -> bool:
-    """True or false, also as 1 or 0."""
+    """True or false, also as 1 or 0, and as the text of these."""
     value = require(row, column, "true or false")
+    if isinstance(value, str):
+        value = LABEL_TEXTS.get(value.strip().lower(), value)
     if not isinstance(value, bool | np.bool_) and not (isinstance(value, int) and value in (0, 1)):
         raise RowError(f"column {column!r} holds {value!r}, expected true or false (or 1 or 0)")
     return bool(value)

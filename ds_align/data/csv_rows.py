@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ds_align.data.contents import MAX_WORDS_OF_A_NAME
+from ds_align.data.contents import LABEL_TEXTS, MAX_WORDS_OF_A_NAME
+from ds_align.data.ranked import OTHER_LISTS, OTHER_SCORES
 from ds_align.data.rows import MAX_LINE_BYTES, BadRow, Places, Record, no_places, utf8_reason
 from ds_align.data.text_file import TextFile
 from ds_align.errors import DataError
@@ -27,6 +28,8 @@ _OTHER_DELIMITERS = b";\t|,"
 # A spreadsheet's own first line, as in `sep=;`.
 _SEPARATOR_LINE = re.compile(rb'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "kl_completion")
+_LABEL_COLUMNS = ("label", "kto_tag")
+_LIST_COLUMNS = ("completions", *OTHER_LISTS, "scores", *OTHER_SCORES, "ranks")
 # Always JSON, and absent where the cell is empty.
 _JSON_COLUMNS = frozenset(
     {
@@ -34,7 +37,6 @@ _JSON_COLUMNS = frozenset(
         *("conversations", "messages", "tools"),
     }
 )
-_LABELS = {"true": True, "false": False, "1": True, "0": False}
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _LIKE_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
 _BOM = b"\xef\xbb\xbf"
@@ -43,25 +45,33 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """Which columns may hold messages, and which the label."""
+    """Which columns may hold messages, which lists (of answers, scores or ranks), and which the label."""
 
     texts: frozenset[str]
-    label: str
+    labels: frozenset[str]
+    lists: frozenset[str]
 
     @classmethod
     def from_columns(cls, columns: Columns | None) -> Cells:
         """Takes the names from a column map; None: every column has its own name."""
         if columns is None:
-            return cls(frozenset(_TEXT_COLUMNS), "label")
+            return cls(frozenset(_TEXT_COLUMNS), frozenset(_LABEL_COLUMNS), frozenset(_LIST_COLUMNS))
         names = (columns.prompt, columns.chosen, columns.rejected, columns.completion)
-        return cls(frozenset({*names, "kl_completion"}), columns.label)
+        lists = (columns.completions, columns.scores, columns.ranks)
+        return cls(
+            frozenset({*names, "kl_completion"}),
+            frozenset(_LABEL_COLUMNS if columns.label == "label" else (columns.label,)),
+            frozenset({*lists, *_LIST_COLUMNS}),
+        )
 
     def read(self, name: str, text: str) -> Any:
         """The value of a cell, None where there is none. Raises ValueError with the reason."""
-        if name == self.label:
-            return _LABELS.get(text.strip().lower(), text) if text.strip() else None
+        if name in self.labels:
+            return LABEL_TEXTS.get(text.strip().lower(), text) if text.strip() else None
         if name in _JSON_COLUMNS:
             return _parse(name, text) if text.strip() else None
+        if name in self.lists and text.lstrip().startswith("["):
+            return _parse(name, text)
         if name in self.texts and text.lstrip()[:1] in ("[", "{"):
             return _messages_or_text(name, text)
         return None if name == "kl_completion" and not text else text
@@ -156,13 +166,13 @@ class CsvRows:
     def _read(self, stream: BinaryIO, offset: int, size: int, origin: str) -> Record | BadRow:
         cells = self._split(stream, offset, size)
         if isinstance(cells, str):
-            return BadRow(origin, f"{cells}; mend or remove the row")
+            return _bad_row(stream, offset, size, origin, f"{cells}; mend or remove the row")
         if len(cells) != len(self._names):
             remedy = f"quote cells that hold {self._delimiter!r} or line ends"
             if any(len(name.split()) > MAX_WORDS_OF_A_NAME for name in self._names):
                 remedy = "does the first row of the file name the columns?"
             found = f"the row has {len(cells)} cells, the first row names {len(self._names)} columns"
-            return BadRow(origin, f"{found}; {remedy}")
+            return _bad_row(stream, offset, size, origin, f"{found}; {remedy}")
         try:
             values = {
                 name: self._cells.read(name, cell) for name, cell in zip(self._names, cells, strict=True)
@@ -186,6 +196,19 @@ class CsvRows:
             return next(csv.reader([text], delimiter=self._delimiter, strict=True), [])
         except csv.Error as error:
             return f"malformed CSV ({error})"
+
+
+def _bad_row(stream: BinaryIO, offset: int, size: int, origin: str, reason: str) -> BadRow:
+    """A row that cannot be used, with the lines that it goes over: a lost quote may have glued rows to it."""
+    stream.seek(offset)
+    lines, left = 0, size
+    while left > 0 and (block := stream.read(min(left, 2**20))):
+        lines += block.count(b"\n")
+        left -= len(block)
+    lines = max(1, lines)
+    if lines > 1:
+        reason = f"{reason}; it goes over {lines} lines, which count as as many rows: is a quote not closed?"
+    return BadRow(origin, reason, lines=lines)
 
 
 class _Lines:
@@ -237,9 +260,10 @@ def _find_places(lines: _Lines, delimiter: str, file: TextFile) -> Places:
                 numbers.append(number)
             offset, number = lines.offset, lines.number
     except csv.Error as error:
-        raise DataError(
-            f"{file}:{number}: malformed CSV ({error}); close or double the quotes of this row"
-        ) from error
+        remedy = "close or double the quotes of this row"
+        if "new-line character" in str(error):
+            remedy = "end the lines with a line feed: a carriage return alone ends none"
+        raise DataError(f"{file}:{number}: malformed CSV ({error}); {remedy}") from error
     return places
 
 

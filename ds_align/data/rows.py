@@ -31,11 +31,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used, and why; expected: what rows of its kind hold, where that is known."""
+    """One row that cannot be used, and why; expected: what rows of its kind hold, where that is known.
+
+    lines: of the file that went with it; a quote that is not closed takes all that follow along.
+    """
 
     origin: str
     reason: str
     expected: str = ""
+    lines: int = 1
 
 
 class Rows(Protocol):

@@ -187,9 +187,16 @@ def parse_row(
         return BadRow(record.origin, str(error), SCHEMAS[layout])
 
 
-def count_text_hazards(preference: Preference, counts: Counter[str]) -> None:
-    """Count a row that holds bidirectional controls or NUL characters; such text is kept as it is."""
+def count_text_hazards(preference: Preference, counts: Counter[str], eos: str | None = None) -> None:
+    """Count a row that holds bidirectional controls, NUL characters or, before its end, the text of the EOS.
+
+    Such text is kept as it is.
+    """
     texts = list(texts_of(preference))
+    if eos:
+        counts["rows_with_eos_inside"] += any(
+            eos in text and eos in text.rstrip().removesuffix(eos) for text in texts
+        )
     counts["rows_with_bidi_controls"] += any(not t.isascii() and _BIDI_CONTROLS.search(t) for t in texts)
     counts["rows_with_nul"] += any("\0" in text for text in texts)
 

@@ -74,6 +74,7 @@ class Spool:
         self.forms: Counter[str] = Counter()
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self.num_bad = 0
+        self.num_swallowed = 0
         self.shown_bad: list[BadRow] = []
 
     def __enter__(self) -> Spool:
@@ -108,7 +109,8 @@ class Spool:
         self.counts.update(chunk.counts)
         self.forms.update(chunk.forms)
         self.num_preferences += len(chunk.row_prompts)
-        self.num_bad += len(chunk.bad)
+        self.num_bad += sum(row.lines for row in chunk.bad)
+        self.num_swallowed += sum(row.lines - 1 for row in chunk.bad)
         self.shown_bad += chunk.bad[: SHOWN_BAD_ROWS - len(self.shown_bad)]
 
     def finish(self) -> Tables:

@@ -55,6 +55,14 @@ def repeated_specials(facts: Facts) -> Outcome:
             "take the EOS out of the texts, one is added at the end of each completion",
             _examples(facts, [row], column),
         )
+    inside = int(data.counts.get("rows_with_eos_inside", 0))
+    parts.value["rows_with_eos_inside"] = inside
+    if inside:
+        parts.add(
+            "warning",
+            f"{inside} rows hold the text of the EOS inside of a prompt or an answer",
+            "take it out, or write the turns as messages",
+        )
     return parts.outcome("one BOS and one EOS, where they belong")
 
 

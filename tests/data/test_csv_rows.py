@@ -139,3 +139,33 @@ def test_utf16_is_named(tmp_path, encoding):
     mark = "\ufeff" if encoding.endswith("be") else ""
     with pytest.raises(DataError, match="byte order mark of UTF-16; save it as UTF-8"):
         rows(tmp_path, f"{mark}prompt,chosen\na,b\n".encode(encoding))
+
+
+def test_a_quote_that_is_not_closed_counts_all_that_it_takes_along(tmp_path):
+    lines = ["prompt,chosen,rejected", *(f"q{n},good {n},bad {n}" for n in range(600))]
+    lines[201] = 'q200,"good 200,bad 200'
+    path = tmp_path / "big.csv"
+    path.write_text("\n".join(lines) + "\n")
+    *_, bad = open_records(path).rows()
+    assert isinstance(bad, BadRow)
+    assert bad.lines == 400
+    assert "it goes over 400 lines, which count as as many rows: is a quote not closed?" in bad.reason
+
+
+def test_a_cell_of_several_lines_is_one_row(tmp_path):
+    (found,) = rows(tmp_path, 'prompt,chosen\n"a\nb\nc",d\n')
+    assert found.columns == {"prompt": "a\nb\nc", "chosen": "d"}
+
+
+def test_ranked_lists_and_labels_of_other_names(tmp_path):
+    (found,) = rows(tmp_path, 'prompt;completions;scores;kto_tag\np;"[""a"", ""b""]";[1, 2.5];TRUE\n')
+    assert found.columns == {"prompt": "p", "completions": ["a", "b"], "scores": [1, 2.5], "kto_tag": True}
+    (found,) = rows(tmp_path, "mine,prompt\n[1],p\n", Columns(ranks="mine"))
+    assert found.columns == {"mine": [1], "prompt": "p"}
+    (bad,) = rows(tmp_path, "scores\n[1\n")
+    assert "column 'scores' is not JSON" in bad.reason
+
+
+def test_carriage_returns_alone_are_named(tmp_path):
+    with pytest.raises(DataError, match="end the lines with a line feed"):
+        rows(tmp_path, "prompt,chosen\ra,b\r")

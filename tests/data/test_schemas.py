@@ -180,7 +180,7 @@ def test_bad_pairs_say_what_is_wrong(change, expected):
     assert expected in reason({"prompt": "a", "chosen": "b", "rejected": "c", **change})
 
 
-@pytest.mark.parametrize("label", ["true", 2, 0.5, -1, None])
+@pytest.mark.parametrize("label", ["yes", 2, 0.5, -1, None])
 def test_a_label_is_true_or_false(label):
     assert "column 'label'" in reason({"prompt": "a", "completion": "b", "label": label}, "unpaired")
 
@@ -311,3 +311,14 @@ def test_a_pair_whose_scores_say_the_opposite_is_counted():
     assert parse(row).counted == {"pairs_scored_the_other_way": 1}
     for scores in ((2, 2), (3.0, 2), (None, 2), ("1", 2)):
         assert not parse(row | dict(zip(("chosen_score", "rejected_score"), scores, strict=True))).counted
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [("1", True), ("True", True), (" false", False), ("0", False)]
+)
+def test_labels_as_texts(label, expected):
+    assert parse({"prompt": "a", "completion": "b", "label": label}, "unpaired").desirable is expected
+
+
+def test_a_first_row_of_one_column_is_named():
+    assert "the first row was read as one column" in reason({"prompt;chosen;rejected": "a;b;c"})

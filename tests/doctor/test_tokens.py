@@ -20,6 +20,7 @@ def test_one_bos_and_one_eos_are_well():
         "rows_with_double_bos": 0,
         "completions_with_several_eos": 0,
         "completions_of_several_turns": 0,
+        "rows_with_eos_inside": 0,
     }
 
 
@@ -170,3 +171,14 @@ def test_a_completion_cut_to_nothing_is_an_error_that_a_run_survives():
 def test_spread_takes_first_and_last():
     assert spread(5, 10) == [0, 1, 2, 3, 4]
     assert spread(101, 3) == [0, 50, 100]
+
+
+def test_the_text_of_the_eos_inside_of_a_message_is_a_warning():
+    tokenizer = make_tokenizer(template=CHATML)
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    for chosen, level in (("b<eos>c", "warning"), ("b<eos>", "ok"), ("b", "ok")):
+        facts = facts_of(
+            [row | {"chosen": chosen}], tokenizer=tokenizer, also={"template_closes_turns": True}
+        )
+        found = check(1, facts)
+        assert (found.level, found.value["rows_with_eos_inside"]) == (level, int(level == "warning"))
