@@ -285,3 +285,19 @@ def test_arrays_become_tensors_without_a_warning(settings):
     torch = pytest.importorskip("torch")
     dataset = load_ids([id_pair([1, 2], [3], [4, 5])], settings())
     assert torch.from_numpy(dataset[0].rejected_ids).tolist() == [4, 5]
+
+
+def test_rows_that_a_lost_quote_took_along_count(bpe, settings, tmp_path):
+    lines = ["prompt,chosen,rejected", *(f"q{n},good {n},bad {n}" for n in range(600))]
+    lines[201] = 'q200,"good 200,bad 200'
+    path = tmp_path / "big.csv"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="400 of 600 rows cannot be used, more than max_bad_fraction=0.01"):
+        load_preferences(path, tokenizer=bpe(), inputs="pairs", config=settings(on_bad_rows="skip"))
+    kept = load_preferences(
+        path,
+        tokenizer=bpe(),
+        inputs="pairs",
+        config=settings(on_bad_rows="skip", max_bad_fraction=0.7),
+    )
+    assert (len(kept), kept.counts["bad_rows"]) == (200, 400)
