@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds_align.errors import DsAlignError
 
@@ -87,6 +87,44 @@ def all_reduce_max(value: float, device: torch.device) -> float:
     box = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return box.item()
+
+
+def host_group() -> Any:
+    """A process group for messages between hosts, which do not wait for a device; None in one process.
+
+    Collective: every rank must call this.
+    """
+    if not is_initialized() or world_size() == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def first_rank(flag: bool, group: Any) -> int | None:  # noqa: FBT001 - what is asked
+    """The lowest rank whose flag is set; None where none is. Collective: every rank must call this.
+
+    group: that of host_group().
+    """
+    if group is None:
+        return 0 if flag else None
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor(rank() if flag else world_size(), dtype=torch.int64)
+    dist.all_reduce(box, op=dist.ReduceOp.MIN, group=group)
+    return int(box) if int(box) < world_size() else None
+
+
+def broadcast_text(text: str, source: int, group: Any) -> str:
+    """The text of rank `source`, on every rank. Collective: every rank must call this."""
+    if group is None:
+        return text
+    import torch.distributed as dist
+
+    box = [text]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
 
 
 def broadcast_object(value: Result) -> Result:
