@@ -52,6 +52,15 @@ class MetricSums:
     def reset(self) -> None:
         """Forgets all sums."""
         self._totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=self.device)
+        self._kept = self._totals.clone()
+
+    def keep(self) -> None:
+        """A step ends: what was added counts."""
+        self._kept.copy_(self._totals)
+
+    def drop(self) -> None:
+        """Forgets what was added since the last step that counts."""
+        self._totals.copy_(self._kept)
 
     def state(self) -> torch.Tensor:
         """The sums so far, of this rank; load() takes them over."""
@@ -60,6 +69,7 @@ class MetricSums:
     def load(self, state: torch.Tensor) -> None:
         """Goes on from the sums that state() gave."""
         self._totals.copy_(state)
+        self.keep()
 
     def add(self, output: ForwardOutput, batch: PackedBatch) -> None:
         """Adds one micro-batch; batch may still be on the CPU."""

@@ -40,6 +40,7 @@ class Tally:
     def __init__(self, inputs: str, device: torch.device) -> None:
         self.sums = MetricSums(inputs, device)
         self.window = Window()
+        self._kept = Window()
         self.loss_sum = 0.0
         self.totals: dict[str, float] = {}
         self.step_seconds = 0.0
@@ -61,6 +62,13 @@ class Tally:
         self.window.imbalance = max(self.window.imbalance, batch.rank_imbalance)
         self.window.oversized += batch.num_oversized
         self.window.reference_seconds += batch.reference_seconds
+        self.sums.keep()
+        self._kept = dataclasses.replace(self.window)
+
+    def drop_step(self) -> None:
+        """A step that changed nothing counts for nothing but its time."""
+        self.sums.drop()
+        self.window = dataclasses.replace(self._kept, started=self.window.started)
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """(means, token counts over ranks) of the window. Collective: every rank must call this."""
@@ -80,6 +88,7 @@ class Tally:
         self.totals = {name: self.totals.get(name, 0.0) + value for name, value in counts.items()}
         self.sums.reset()
         self.window = Window()
+        self._kept = Window()
 
     def state(self) -> dict[str, Any]:
         """The totals as JSON values, the same on every rank."""
@@ -99,3 +108,4 @@ class Tally:
         self.reference_seconds = rank_state["reference_seconds"]
         window = rank_state["window"]
         self.window = Window(**window | {"started": time.perf_counter() - window["started"]})
+        self._kept = dataclasses.replace(self.window)

@@ -28,7 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class StepResult:
     """What an optimizer step did; grad_norm is that of the whole gradient before clipping.
 
-    The norm may be a tensor: reading it waits for the device, so that is left to whoever logs it.
+    skipped: the gradient was not finite, and weights, optimizer and learning rate are as before; the same on
+    every rank. The norm may be a tensor: reading it waits for the device, so that is left to whoever logs it.
     """
 
     grad_norm: float | torch.Tensor
@@ -103,6 +104,11 @@ class PolicyEngine:
         return cls(engine, stage, device, settings, directories=directories)
 
     @property
+    def scales_losses(self) -> bool:
+        """Whether float16 looks for a loss scale, and skips steps on the way."""
+        return bool(self.engine.fp16_enabled())
+
+    @property
     def module(self) -> PolicyModel:
         """The wrapped model; under ZeRO-3 its parameters are empty outside a forward."""
         return self.engine.module
@@ -153,11 +159,20 @@ class PolicyEngine:
             self.engine.buffered_allreduce_fallback()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer, schedule = self.engine.optimizer, self.engine.lr_scheduler
+        update = optimizer.step
+        if not torch.isfinite(norm):
+            # As the partitioned optimizers do by themselves: neither weights nor schedule move.
+            for gradient in gradients:
+                gradient.zero_()
+            optimizer.step, self.engine.lr_scheduler = _no_update, None
+            self.engine.skipped_steps += 1
         self.engine.enable_backward_allreduce = False  # reduced above; step would do it again
         try:
             self.engine.step()
         finally:
             self.engine.enable_backward_allreduce = True
+            optimizer.step, self.engine.lr_scheduler = update, schedule
         return norm
 
     def weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -188,6 +203,10 @@ class PolicyEngine:
         for name, parameter in self.module.model.named_parameters():
             if parameter.requires_grad or not trained_only:
                 yield name, parameter
+
+
+def _no_update(*_: object, **__: object) -> None:
+    """In place of an optimizer's step."""
 
 
 def _client_optimizer(
