@@ -75,6 +75,19 @@ def begin(folder: Path, step: int) -> Path:
     return partial
 
 
+def scratch(folder: Path, name: str) -> Path:
+    """A directory that is not there, under a name that pruning clears up. Collective; CheckpointError."""
+    path = folder / f"{_PARTIAL}{name}"
+
+    def clear() -> None:
+        if distributed.is_main():
+            _remove(path)
+            folder.mkdir(parents=True, exist_ok=True)
+
+    with_disk_errors(clear, path)
+    return path
+
+
 def publish(partial: Path, step: int) -> int:
     """Flushes and hashes every file, writes the manifest, gives the directory its name; returns the bytes.
 

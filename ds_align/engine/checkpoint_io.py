@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from ds_align import checkpoint, distributed
 from ds_align.checkpoint import Checkpoint
 from ds_align.engine.align_engine import AlignEngine
+from ds_align.engine.reshape import load_reshaped, merge_rank_states
 from ds_align.errors import CheckpointError
 
 _TAG = "deepspeed"
@@ -80,26 +81,44 @@ def save(engine: AlignEngine, folder: Path, state: dict[str, Any], rank_state: d
 def load(engine: AlignEngine, found: Checkpoint) -> dict[str, Any]:
     """Puts a freshly built engine where the checkpoint was; returns this rank's rank_state.
 
-    DeepSpeed unpickles its files: found must be a run's own, verified checkpoint of the same world size.
-    Collective: every rank must call this.
+    DeepSpeed unpickles its files: found must be a run's own, verified checkpoint. One of another number of
+    ranks is converted. Collective: every rank must call this. Raises CheckpointError where that fails.
     """
     inner = engine.policy.engine
+    ranks = found.state["world_size"]
     # Frozen weights are not in the checkpoint; that all names are the same, run_facts has said.
     strict = all(parameter.requires_grad for parameter in inner.module.parameters())
-    path, _ = inner.load_checkpoint(str(found.path), tag=_TAG, load_module_strict=strict)
-    assert path is not None, found.path
+    # Without ZeRO every rank holds all, in files that do not know of ranks.
+    if ranks == engine.world_size or engine.policy.zero_stage == 0:
+        path, _ = inner.load_checkpoint(str(found.path), tag=_TAG, load_module_strict=strict)
+        assert path is not None, found.path
+    else:
+        work = Path(engine.config.resolved_output_dir) / checkpoint.FOLDER
+        load_reshaped(inner, found, _TAG, work, strict=strict)
     if engine.config.sync_ref_model:
         moved = load_file(_own_file(found.path, "reference", "safetensors"))
         distributed.agree(lambda: engine.reference.load_state_dict(moved))
     engine.load_state_dict(found.state["engine"])
-    rank_state = torch.load(_own_file(found.path, "state", "pt"), map_location="cpu", weights_only=True)
+    rank_state = _rank_state(found.path, ranks)
     # Last: building and loading have drawn numbers.
     _restore_random(rank_state.pop("random"))
     return rank_state
 
 
-def _own_file(directory: Path, kind: str, ending: str) -> Path:
-    return directory / f"{kind}-rank{distributed.rank():05d}.{ending}"
+def _rank_state(directory: Path, ranks: int) -> dict[str, Any]:
+    """That of this rank, or what another number of ranks left of theirs."""
+
+    def read(rank: int) -> dict[str, Any]:
+        path = _own_file(directory, "state", "pt", rank)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    if ranks == distributed.world_size():
+        return read(distributed.rank())
+    return merge_rank_states([read(rank) for rank in range(ranks)])
+
+
+def _own_file(directory: Path, kind: str, ending: str, rank: int | None = None) -> Path:
+    return directory / f"{kind}-rank{distributed.rank() if rank is None else rank:05d}.{ending}"
 
 
 def _write_deepspeed(engine: AlignEngine, partial: Path) -> None:
