@@ -21,9 +21,12 @@ _FREE = frozenset(
         "dry_run",
         "eval_on_start",
         "eval_steps",
+        "hang_timeout",
         "learning_rate_override",
         "logging_steps",
         "max_shard_size",
+        "max_skipped_steps",
+        "non_finite",
         "output_dir",
         "overwrite_output_dir",
         "per_device_eval_batch_size",
@@ -100,11 +103,6 @@ def check_settings(path: Path, state: Mapping[str, Any], config: BaseConfig, wor
     Raises CheckpointError that shows each setting which may not (checkpoint's value -> this run's).
     """
     now = settings_of(config, world_size)
-    if state["world_size"] != world_size:
-        raise CheckpointError(
-            f"{path}: {_change('world_size', state['world_size'], world_size)}; continue it on "
-            f"{state['world_size']} rank(s)"
-        )
     if state["method"] != config.method:
         raise _other_run(path, [_change("method", state["method"], config.method)])
     if state.get("loss_code") != now["loss_code"]:
@@ -124,6 +122,42 @@ def check_settings(path: Path, state: Mapping[str, Any], config: BaseConfig, wor
             f"{', '.join(rounding)}: the run goes on with it, equal to an uninterrupted one up to rounding"
         ]
     return []
+
+
+def rescaled_batch(
+    path: Path, state: Mapping[str, Any], config: BaseConfig, world_size: int
+) -> tuple[dict[str, int], str]:
+    """(settings of the batch, message) with which another number of ranks has the checkpoint's global batch.
+
+    Raises CheckpointError where it cannot be shared by so many ranks, or more than the batch would change.
+    """
+    before, whole = state["world_size"], state["global_batch_size"]
+    change = _change("world_size", before, world_size)
+    given = state["config"]
+    usual = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+    asked = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if asked * world_size == whole:
+        return {}, f"{change}: the global batch stays {whole}"
+    if asked != usual or whole % world_size:
+        raise CheckpointError(
+            f"{path}: {change}: the global batch was {whole} and would be {asked * world_size}; give "
+            "per_device_train_batch_size and gradient_accumulation_steps whose product with the number of "
+            f"ranks is {whole}, or the checkpoint's own on a number of ranks that divides it"
+        )
+    bound = "sync_ref_model" if config.sync_ref_model else "optim=sgd" if config.optim == "sgd" else None
+    if bound is not None:
+        raise CheckpointError(
+            f"{path}: {change}: a run with {bound} goes on with as many ranks as wrote it; continue it on "
+            f"{before}"
+        )
+    share = whole // world_size
+    per_device = config.per_device_train_batch_size
+    if share % per_device:
+        batch = {"per_device_train_batch_size": share, "gradient_accumulation_steps": 1}
+    else:
+        batch = {"gradient_accumulation_steps": share // per_device}
+    shown = ", ".join(f"{name}={value}" for name, value in batch.items())
+    return batch, f"{change}: {shown}, so that the global batch stays {whole}"
 
 
 def changed_versions(state: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:

@@ -198,10 +198,49 @@ def test_a_changed_setting_is_shown(changes: dict, words: str) -> None:
         same_run.check_settings(Path("x"), state, DPOConfig(**changes), 2)
 
 
-def test_another_world_size_and_another_method_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("ranks", "settings", "batch"),
+    [
+        # 8 a rank on 2 ranks.
+        (1, {}, {"gradient_accumulation_steps": 2}),
+        (4, {}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}),
+        (16, {}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}),
+        (1, {"per_device_train_batch_size": 16}, {}),
+        (4, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {}),
+    ],
+)
+def test_another_number_of_ranks_keeps_the_global_batch(ranks, settings, batch) -> None:
+    config = DPOConfig(**settings)
+    found, message = same_run.rescaled_batch(Path("x"), state_of(DPOConfig()), config, ranks)
+    assert found == batch
+    assert message.startswith(f"world_size: 2 -> {ranks}: ")
+    assert message.endswith("the global batch stays 16")
+    for name, value in found.items():
+        setattr(config, name, value)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks == 16
+    assert same_run.check_settings(Path("x"), state_of(DPOConfig()), config, ranks) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "words"),
+    [
+        (3, {}, "the global batch was 16 and would be 24; give"),
+        (1, {"per_device_train_batch_size": 4}, "the global batch was 16 and would be 4; give"),
+        (
+            1,
+            {"optim": "sgd"},
+            "a run with optim=sgd goes on with as many ranks as wrote it; continue it on 2",
+        ),
+        (1, {"sync_ref_model": True}, "a run with sync_ref_model goes on with"),
+    ],
+)
+def test_ranks_that_cannot_share_the_global_batch_are_refused(ranks, settings, words) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        same_run.rescaled_batch(Path("x"), state_of(DPOConfig()), DPOConfig(**settings), ranks)
+
+
+def test_another_method_is_refused() -> None:
     state = state_of(DPOConfig())
-    with pytest.raises(CheckpointError, match="world_size: 2 -> 1"):
-        same_run.check_settings(Path("x"), state, DPOConfig(), 1)
     with pytest.raises(CheckpointError, match="method: 'dpo' -> 'kto'"):
         same_run.check_settings(Path("x"), state, KTOConfig(), 2)
 

@@ -142,7 +142,7 @@ def test_stopped_and_continued_is_straight(alone, case) -> None:
 
 REFUSED = {
     "method": "CheckpointError 4: method: 'kto' -> 'ipo'",
-    "world_size": "CheckpointError 4: world_size: 2 -> 1; continue it on 2 rank(s)",
+    "world_size": "CheckpointError 4: world_size: 2 -> 1: the global batch was 6 and would be 5; give",
     "learning_rate": "CheckpointError 4: learning_rate: 0.001 -> 0.0005",
     "seed": "CheckpointError 4: seed: 42 -> 7",
     "batch": "CheckpointError 4: global_batch_size: 6 -> 4",

@@ -150,7 +150,9 @@ def refused(models: Path, out: Path, two_ranks: Path) -> dict[str, str]:
     kto = str(base / "kto-zero1" / "checkpoints" / "step-00000003")
     cases = {
         "method": build_config(models, base, "ipo zero0 sgd", resume=kto),
-        "world_size": build_config(models, base, "kto zero1", resume=str(two_ranks)),
+        "world_size": build_config(
+            models, base, "kto zero1", resume=str(two_ranks), per_device_train_batch_size=5
+        ),
         "learning_rate": build_config(models, base, "kto zero1", resume="auto", learning_rate=5e-4),
         "seed": build_config(models, base, "kto zero1", resume="auto", seed=7),
         "batch": build_config(models, base, "kto zero1", resume="auto", per_device_train_batch_size=4),
