@@ -48,7 +48,7 @@ def run_side(
     command = [sys.executable, "-m", SIDES]
     if ranks > 1:
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
-        count = ["--num_gpus", str(ranks), "--master_port", str(_free_port())]
+        count = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         command = [sys.executable, deepspeed, *count, "--module", SIDES]
     try:
         done = subprocess.run(
@@ -68,7 +68,8 @@ def run_side(
     return [json.loads(path.read_text(encoding="utf-8")) | {"load_averages": load} for path in results]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
