@@ -21,17 +21,17 @@ from ds_align.errors import EXIT_DONE, EXIT_UNFORESEEN, ConfigError, DsAlignErro
 def run_command(action: Callable[[], object], *, debug: bool = False) -> int:
     """Runs action and returns the exit code: 0, or that of the DsAlignError that ended it.
 
-    Rank 0 prints the error's message; the traceback only with debug. Any other exception is a defect: its
-    traceback is printed and the code is 1.
+    Rank 0 prints the error's message, or the rank that alone has it; the traceback only with debug. Any other
+    exception is a defect: its traceback is printed and the code is 1.
     """
     try:
         action()
     except DsAlignError as error:
         if debug:
             traceback.print_exc()
-        if distributed.is_main():
+        if distributed.is_main() or error.of_one_rank:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return leave(error.exit_code)
+        return error.exit_code if error.of_one_rank else leave(error.exit_code)
     except Exception:  # noqa: BLE001 - the last frame of the program
         traceback.print_exc()
         return EXIT_UNFORESEEN

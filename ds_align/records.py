@@ -19,7 +19,7 @@ from ds_align.config import BaseConfig
 from ds_align.data import PreferenceDataset
 from ds_align.engine import AlignEngine
 from ds_align.engine.checkpoint_io import Saved
-from ds_align.errors import CheckpointError, ConfigError
+from ds_align.errors import CheckpointError, ConfigError, Preempted
 from ds_align.kernels import backend
 from ds_align.versions import versions
 
@@ -144,6 +144,18 @@ class RunRecords:
         """Keeps a remark about the figures of a step for the summary."""
         self.summary.setdefault("remarks", []).append({"step": step, "text": text})
 
+    def write_rows(self, kind: str, step: int, rows: list[list[int]]) -> str:
+        """Writes which rows the steps up to `step` had; says what became of it. No communication."""
+        path = self.directory / f"{kind}_step_{step}.json"
+        if distributed.is_main():
+            first = step - len(rows) + 1
+            content = {"steps": dict(zip(range(first, step + 1), rows, strict=True))}
+            try:
+                path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            except OSError as error:
+                return f"{path.name} cannot be written ({error.strerror})"
+        return f"{path.name} has the rows"
+
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl."""
         self.last |= metrics
@@ -184,7 +196,8 @@ class RunRecords:
         if self._file is not None:
             self._file.close()
         reason = f"{type(error).__name__}: {error}"
-        self.summary |= {"status": "failed", "error": reason, "finished_at": _now()}
+        status = "preempted" if isinstance(error, Preempted) else "failed"
+        self.summary |= {"status": status, "error": reason, "finished_at": _now()}
         with contextlib.suppress(OSError):
             self._write_summary()
 

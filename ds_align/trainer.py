@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ds_align import checkpoint, distributed
+from ds_align.batch import GlobalBatch
 from ds_align.checkpoint import Checkpoint
 from ds_align.config import (
     METHODS,
@@ -21,16 +22,20 @@ from ds_align.config import (
 )
 from ds_align.doctor import Watch
 from ds_align.engine import AlignEngine, StepResult, checkpoint_io
-from ds_align.engine.init import init_distributed
-from ds_align.errors import NonFiniteError
+from ds_align.errors import NonFiniteError, Preempted
 from ds_align.evaluate import evaluate
 from ds_align.export import save_model
+from ds_align.interruption import Interruption
+from ds_align.non_finite import NonFiniteSteps
 from ds_align.progress import Progress
 from ds_align.records import RunRecords, check_output_dir, peak_memory_gb
-from ds_align.same_run import changed_versions, check_facts, check_settings, settings_of
+from ds_align.resume import find_checkpoint
+from ds_align.same_run import check_facts, settings_of
+from ds_align.shortage import explained
 from ds_align.splits import DataSource, load
 from ds_align.tally import Tally
 from ds_align.versions import versions
+from ds_align.watchdog import Watchdog
 
 _PLAIN_NAMES = (
     "preference_accuracy",
@@ -121,22 +126,10 @@ class Trainer:
         return TrainOutput(0, math.nan, {})
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """The verified checkpoint that config.resume asks for; None to start afresh.
-
-        Collective: every rank must call this. Raises CheckpointError, before anything is loaded.
-        """
-        self._messages = []
-        if self.config.resume in (None, "none"):
-            return None
-        init_distributed()
-        found = checkpoint.choose(self.output_dir, self.config.resume)
-        if found is None:
-            folder = self.output_dir / checkpoint.FOLDER
-            self._messages.append(f"resume: {folder} holds no whole checkpoint; starting at the first step")
-            return None
-        self._messages += check_settings(found.path, found.state, self.config, distributed.world_size())
-        self._messages += changed_versions(found.state, versions())
-        self._messages.append(f"resume: going on after step {found.step} of {found.path}")
+        """The verified checkpoint that config.resume asks for; None to start afresh. Collective."""
+        found, self._messages = find_checkpoint(
+            self.config, self.output_dir, has_engine=self.engine is not None
+        )
         return found
 
     def _check_facts(self, found: Checkpoint) -> None:
@@ -163,10 +156,12 @@ class Trainer:
         progress.advance(self.global_step)
         if self.config.eval_on_start and found is None:
             self._evaluate_and_record(records, progress, 0.0)
+        elif found is not None and found.state.get("evaluation_due"):
+            self._evaluate_and_record(records, progress, found.state["epoch"])
         self._run_steps(records, progress, tally, started)
         progress.close()
         save_model(engine, self.output_dir)
-        training_loss = tally.loss_sum / max(1, self.global_step)
+        training_loss = tally.loss_sum / max(1, self.global_step - engine.num_skipped_steps)
         seconds = time.perf_counter() - started
         metrics = records.final_metrics(training_loss, seconds)
         memory = distributed.all_reduce_max(peak_memory_gb(engine.device), engine.device)
@@ -188,44 +183,111 @@ class Trainer:
 
     def _run_steps(self, records: RunRecords, progress: Progress, tally: Tally, started: float) -> None:
         """All optimizer steps from self.global_step on."""
-        engine = self.engine
-        facts = checkpoint_io.run_facts(engine) if self.config.save_steps is not None else {}
+        engine, config = self.engine, self.config
+        facts = checkpoint_io.run_facts(engine)
         watch = Watch(engine.num_steps, has_reference=engine.reference is not None)
-        for global_batch in engine.batches(start=self.global_step):
+        steps = NonFiniteSteps(config, self.output_dir, scales_losses=engine.policy.scales_losses)
+        with Watchdog(config.hang_timeout) as watchdog, Interruption() as interruption:
+            for global_batch in engine.batches(start=self.global_step):
+                result = self._train_step(global_batch, tally, steps, progress)
+                step = self.global_step
+                watchdog.beat(f"step {step}")
+                if step % config.logging_steps == 0 or step == engine.num_steps or step == 1:
+                    self._log_window(tally, result, global_batch, watch, records, progress)
+                paused = time.perf_counter()
+                asked = interruption.agreed() if step < engine.num_steps else None
+                if asked is None and self._is_evaluation_step(step):
+                    self._evaluate_and_record(records, progress, global_batch.epoch)
+                if asked is not None or (config.save_steps is not None and step % config.save_steps == 0):
+                    # After the evaluation: what a checkpoint's step has recorded is not computed again.
+                    due = asked is not None and self._is_evaluation_step(step)
+                    seconds = time.perf_counter() - started
+                    epoch = global_batch.epoch
+                    self._save_checkpoint(records, tally, facts, seconds, epoch, evaluation_due=due)
+                if asked is not None:
+                    raise Preempted(
+                        f"{asked}: the run was saved after step {step} of {engine.num_steps}; the same "
+                        "command with --resume goes on"
+                    )
+                tally.window.started += time.perf_counter() - paused
+
+    def _train_step(
+        self, global_batch: GlobalBatch, tally: Tally, steps: NonFiniteSteps, progress: Progress
+    ) -> StepResult:
+        """One optimizer step. Raises NonFiniteError where its gradient ends the run."""
+        engine = self.engine
+        with explained(engine, global_batch):
             for batch in global_batch.micro_batches:
                 output = engine.forward(batch)
                 engine.backward(output.losses.sum(), global_count=global_batch.num_preferences)
+                steps.add(batch, output.losses)
                 tally.add(output, batch)
             result = engine.step()
+        self.global_step = global_batch.step
+        if result.skipped:
+            tally.drop_step()
+        else:
             tally.end_step(global_batch)
-            self.global_step = step = global_batch.step
-            progress.advance()
-            if step % self.config.logging_steps == 0 or step == engine.num_steps or step == 1:
-                means, counts = self._log(tally, result)
-                records.log(step, global_batch.epoch, means)
-                progress.show(step, means)
-                self._watch(watch, records, progress, means, counts)
-                tally.close_window(means, counts)
-            paused = time.perf_counter()
-            if self._is_evaluation_step(step):
-                self._evaluate_and_record(records, progress, global_batch.epoch)
-            if self.config.save_steps is not None and step % self.config.save_steps == 0:
-                # After the evaluation: what a checkpoint's step has recorded is not computed again.
-                self._save_checkpoint(records, tally, facts, time.perf_counter() - started)
-            tally.window.started += time.perf_counter() - paused
+        said = steps.judge(result, global_batch)
+        if said is not None:
+            progress.note(f"warning: step {self.global_step}: {said}")
+        progress.advance()
+        return result
+
+    def _log_window(
+        self,
+        tally: Tally,
+        result: StepResult,
+        global_batch: GlobalBatch,
+        watch: Watch,
+        records: RunRecords,
+        progress: Progress,
+    ) -> None:
+        """Logs the steps since the last logged one, where any of them counts."""
+        means, counts = self._log(tally, result)
+        if means:
+            records.log(self.global_step, global_batch.epoch, means)
+            progress.show(self.global_step, means)
+            self._watch(watch, records, progress, tally, means, counts)
+            tally.close_window(means, counts)
 
     def _watch(
-        self, watch: Watch, records: RunRecords, progress: Progress, means: dict[str, float], counts: dict
+        self,
+        watch: Watch,
+        records: RunRecords,
+        progress: Progress,
+        tally: Tally,
+        means: dict[str, float],
+        counts: dict,
     ) -> None:
         """Says and keeps what a logged row shows."""
         if self.config.doctor == "off":
             return
-        for text in watch.look(self.global_step, means, counts["preferences"]):
-            progress.note(f"step {self.global_step}: {text}")
-            records.note_remark(self.global_step, text)
+        step, texts = self.global_step, watch.look(self.global_step, means, counts["preferences"])
+        leap = watch.spike(means["loss"])
+        if leap is not None:
+            first = step - tally.window.steps + 1
+            texts.append(
+                f"{leap}; {records.write_rows('spike', step, self.engine.rows_of_steps(first, step))}"
+            )
+        for text in texts:
+            progress.note(f"step {step}: {text}")
+            records.note_remark(step, text)
 
-    def _save_checkpoint(self, records: RunRecords, tally: Tally, facts: dict, seconds: float) -> None:
-        """Writes the checkpoint of this step. Collective; raises CheckpointError."""
+    def _save_checkpoint(
+        self,
+        records: RunRecords,
+        tally: Tally,
+        facts: dict,
+        seconds: float,
+        epoch: float,
+        *,
+        evaluation_due: bool,
+    ) -> None:
+        """Writes the checkpoint of this step. Collective; raises CheckpointError.
+
+        evaluation_due: the run that goes on from it begins with the evaluation of this step.
+        """
         engine, folder = self.engine, self.output_dir / checkpoint.FOLDER
         checkpoint.with_disk_errors(records.sync, self.output_dir)
         state = {
@@ -234,6 +296,8 @@ class Trainer:
             "tally": tally.state(),
             "seconds": seconds,
             "reference_cache_seconds": engine.reference_cache_seconds,
+            "evaluation_due": evaluation_due,
+            "epoch": epoch,
             "versions": versions(),
         }
         saved = checkpoint_io.save(engine, folder, state, tally.rank_state())
@@ -241,9 +305,12 @@ class Trainer:
         checkpoint.prune(folder, self.global_step, self.config.save_total_limit)
 
     def _log(self, tally: Tally, result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
-        """The window's metrics. Collective, once a logged step: every rank must call this."""
+        """The window's metrics, none where no step counts. Collective, once a logged step."""
         window = tally.window
         means, counts = tally.reduce()
+        if not counts["preferences"]:
+            # Every step of the window was left out.
+            return {}, counts
         if not math.isfinite(means["loss"]):
             raise NonFiniteError(
                 f"step {self.global_step}: loss={means['loss']} is not finite; lower learning_rate "

@@ -16,6 +16,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -23,6 +24,7 @@ from ds_align.batch import Unpaired
 from ds_align.config import METHODS
 from ds_align.errors import DsAlignError
 from ds_align.trainer import Trainer
+from ds_align.watchdog import Watchdog
 from tests.distributed import tiny
 from tests.flags_rows import write_rows
 
@@ -148,6 +150,13 @@ def as_messages(name: str, text: str) -> list[dict]:
 def run_case(method: str, settings: dict, number: int, work: Path) -> dict:
     """The fingerprint of one training run, or the error that refused it."""
     printed = io.StringIO()
+    watched: list[float | None] = []
+    usual_beat = Watchdog.beat
+
+    def beat(self: Watchdog, what: str) -> None:
+        watched.append(self.seconds)
+        usual_beat(self, what)
+
     trainer = None
     try:
         config = METHODS[method].config(**({"output_dir": str(work / f"run_{number}")} | settings))
@@ -156,8 +165,10 @@ def run_case(method: str, settings: dict, number: int, work: Path) -> dict:
             engine = trainer.setup()
             calls = count_layer_calls(engine)
             kept = note_kept_logits(engine)
-            trainer.train()
+            with mock.patch.object(Watchdog, "beat", beat):
+                trainer.train()
             notes = {"kept_logits": sum(kept), "printed": printed.getvalue()}
+            notes["watched"] = list(dict.fromkeys(watched))
             return fingerprint(trainer, len(calls)) | notes
     except DsAlignError as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -16,6 +16,7 @@ from tests.flags_cleaning import CLEANING
 from tests.flags_dialects import DIALECTS
 from tests.flags_doctor import DOCTOR
 from tests.flags_entries import ALIKE, EVALUATED, NO_REFERENCE, TRAINING, Effect, Refused
+from tests.flags_faults import FAULTS
 from tests.flags_methods import OWN, SYNC
 from tests.flags_reference import CACHED
 from tests.flags_rows import ROWS
@@ -387,7 +388,7 @@ SYSTEM = {
 
 
 SHARED_FIELDS = MODEL | ADAPTERS | SYNC | CACHED | DATA | SOURCES | ROWS | DIALECTS | BATCH
-SHARED_FIELDS |= OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM | DOCTOR
+SHARED_FIELDS |= OPTIMISATION | OUTPUT | CHECKPOINTS | SYSTEM | DOCTOR | FAULTS
 
 
 def every_entry() -> list[tuple[str, Effect | Refused]]:

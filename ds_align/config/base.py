@@ -25,6 +25,7 @@ from ds_align.config.reference import ReferenceFields
 from ds_align.config.rows import RowFields
 from ds_align.config.schema import Problem, changed, nearest, rule
 from ds_align.config.sources import SourceFields
+from ds_align.config.survival import SurvivalFields
 
 _REFERENCE_SETTINGS = (
     "ref_model_name",
@@ -44,6 +45,7 @@ _RESUME = {"true": "auto", "false": None}
 class BaseConfig(
     SystemFields,
     DoctorFields,
+    SurvivalFields,
     CheckpointFields,
     EvaluationFields,
     ReferenceFields,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from statistics import fmean, pstdev
 
 EARLY_SHARE = 0.1
 EARLY_ACCURACY = 0.98
@@ -12,6 +14,11 @@ LARGE_GRAD_NORM = 100.0
 # An accuracy of fewer preferences is a matter of chance.
 MIN_EARLY = 32
 MIN_LATE = 100
+# A loss so far above the mean of the logged ones before it, in that mean and in their deviations.
+SPIKE_FACTOR = 2.0
+SPIKE_DEVIATIONS = 6.0
+MIN_LOSSES = 10
+_REMEMBERED_LOSSES = 50
 
 
 class Watch:
@@ -23,6 +30,7 @@ class Watch:
         self._said: set[str] = set()
         self._early = [0.0, 0.0]
         self._late = [0.0, 0.0]
+        self._losses: deque[float] = deque(maxlen=_REMEMBERED_LOSSES)
 
     def look(self, step: int, metrics: Mapping[str, float], num_preferences: float) -> list[str]:
         """New sentences about the window that was logged at `step` (from 1), of so many preferences."""
@@ -34,6 +42,18 @@ class Watch:
         new = {name: text for name, text in found.items() if text and name not in self._said}
         self._said |= set(new)
         return list(new.values())
+
+    def spike(self, loss: float) -> str | None:
+        """What there is to say of a logged loss that leaps over those before it."""
+        before = list(self._losses)
+        self._losses.append(loss)
+        if len(before) < MIN_LOSSES:
+            return None
+        mean, deviation = fmean(before), pstdev(before)
+        if loss - mean <= max((SPIKE_FACTOR - 1.0) * abs(mean), SPIKE_DEVIATIONS * deviation):
+            return None
+        usual = f"the mean of the {len(before)} logged before is {mean:.4f}"
+        return f"warning: the loss leaps to {loss:.4f}, {usual}"
 
     def _accuracy(self, step: int, metrics: Mapping[str, float], number: float) -> str | None:
         accuracy = metrics.get("rewards/accuracies")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ from ds_align.engine.setup import check_setup
 from ds_align.objective import ForwardOutput, Objective, sum_by_unit
 from ds_align.packing import CostModel
 from ds_align.splits import DataSource, Splits, load_splits
+from ds_align.watchdog import beat
 
 
 class AlignEngine:
@@ -149,6 +151,11 @@ class AlignEngine:
         """
         return self.planner.batches(self.train_data, start)
 
+    def rows_of_steps(self, first: int, last: int) -> list[list[int]]:
+        """The rows of the training data in each of these steps (from 1, both included); no communication."""
+        planned = self.planner.rows_by_step(self.train_data, first - 1)
+        return [rows.tolist() for rows in itertools.islice(planned, last - first + 1)]
+
     def plan_only(self) -> None:
         """From here on `batches` reads nothing of a cached reference; they can be looked at, not trained."""
         if isinstance(self.reference, CachedReference):
@@ -268,6 +275,7 @@ class AlignEngine:
         The first micro-batch of a global batch also scores the reference (and z0) for all of it.
         Collective: every rank must call this, once a micro-batch.
         """
+        beat("a micro-batch")
         owner = batch.owner
         assert owner is not None, "forward takes the micro-batches of a global batch"
         if not owner.prepared:

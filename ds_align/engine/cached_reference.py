@@ -27,6 +27,7 @@ from ds_align.models.attention import depends_on_other_rows
 from ds_align.models.identity import adapter_digest, model_digest, tokenizer_digest
 from ds_align.packing import PreferenceTable, build_batch, plan_scoring
 from ds_align.reference_cache import ReferenceCache, row_key
+from ds_align.watchdog import beat
 
 # How much is planned at once: enough that the ranks' shares come out alike.
 _PACKS_A_RANK = 8
@@ -229,6 +230,7 @@ class CachedReference:
             for chunk in self._chunks(data, rows):
                 tokens += self._score_chunk([data[int(row)] for row in chunk], scorer, writer)
                 bar.update(len(chunk))
+                beat("rows of the reference's cache")
         distributed.agree(writer.flush)
         names = [name for rank in distributed.gather_objects(writer.names) for name in rank]
         self.cache.open_parts(names)

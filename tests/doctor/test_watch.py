@@ -37,6 +37,32 @@ def test_an_accuracy_that_stays_at_one_half():
     assert watch().look(40, row(0.53), 500) == []
 
 
+def test_a_loss_that_leaps():
+    seen = watch()
+    for number in range(10):
+        assert seen.spike(0.6 + 0.01 * (number % 2)) is None
+    # The mean is 0.605: twice that is 1.21; the deviation of 0.005 six times over is far less.
+    assert seen.spike(1.2) is None
+    text = seen.spike(
+        1.4
+    )  # of 11 losses with 1.2 among them: mean 0.6591, deviation 0.1711, six of them 1.0264
+    assert text is None
+    calm = watch()
+    for _ in range(10):
+        calm.spike(0.5)
+    assert calm.spike(0.99) is None
+    again = watch()
+    for _ in range(10):
+        again.spike(0.5)
+    assert (
+        again.spike(1.01) == "warning: the loss leaps to 1.0100, the mean of the 10 logged before is 0.5000"
+    )
+    few = watch()
+    for _ in range(9):
+        few.spike(0.5)
+    assert few.spike(100.0) is None  # nine say nothing
+
+
 def test_a_large_gradient_is_said_once():
     seen = watch()
     assert seen.look(1, row(grad_norm=100.0), 8) == []
