@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.launching import ROOT, child_environment, free_port
 
 KINDS = ("one rank", "all ranks", "launcher and ranks")
