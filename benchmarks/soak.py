@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Python puts this folder first, and the programs are started from anywhere.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.launching import ROOT, child_environment, free_port
+from benchmarks.launching import ROOT, child_environment, free_port  # noqa: E402
 
 KINDS = ("one rank", "all ranks", "launcher and ranks")
 
