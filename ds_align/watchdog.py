@@ -61,12 +61,12 @@ class Watchdog:
     def beat(self, what: str) -> None:
         """See the function."""
         self._last = (time.monotonic(), what)
-        if self.seconds is not None:
-            # By its descriptor: a test or a notebook may have put another object in place of stderr.
-            faulthandler.dump_traceback_later(self.seconds + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.seconds / 4)):
+            # Put off as long as this thread runs. The first stderr: a test or a notebook may have put another
+            # object in its place.
+            faulthandler.dump_traceback_later(self.seconds + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
             since, what = self._last
             silent = time.monotonic() - since
             if silent > self.seconds:
