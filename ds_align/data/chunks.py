@@ -16,6 +16,7 @@ import numpy as np
 from ds_align.data.ranked import PairRules, answer_labels
 from ds_align.data.rows import BadRow, Record
 from ds_align.data.schemas import Columns, Layout, Preference, RowLayout, count_text_hazards, parse_row
+from ds_align.data.text_keys import signed_digest
 from ds_align.data.tokenize import EncodedPreference, PreferenceTokenizer, needs_tokenizer, take_token_ids
 from ds_align.data.truncate import Limits, cut_completion, cut_prompt
 from ds_align.errors import DataError
@@ -268,11 +269,8 @@ def _are_equal(completions: Any, pair: tuple[int, int]) -> bool:
 
 def _preference_key(row: EncodedPreference, numbers: tuple[int, ...]) -> bytes:
     """A hash that a preference shares with its repeats; one that says the opposite has another bit 0."""
-    prompt = _digest(row.prompt_ids.tobytes())
     answers = [_digest(row.completion_ids[number].tobytes()) for number in numbers]
-    sense = answers[0] > answers[-1] if row.desirable is None else row.desirable
-    key = _digest(b"".join((prompt, *sorted(answers))))
-    return bytes([key[0] & 0xFE | sense]) + key[1:]
+    return signed_digest(_digest(row.prompt_ids.tobytes()), answers, row.desirable)
 
 
 def _digest(content: bytes) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -78,7 +79,16 @@ def preference_digest(preference: Preference) -> bytes:
         order = repr(preference.comparisons).encode()
         key = blake2b(b"".join((prompt, *answers, order)), digest_size=16, person=b"ranked").digest()
         return bytes([key[0] & 0xFE]) + key[1:]
-    sense = answers[0] > answers[-1] if preference.desirable is None else preference.desirable
+    return signed_digest(prompt, answers, preference.desirable)
+
+
+def signed_digest(prompt: bytes, answers: Sequence[bytes], desirable: bool | None) -> bytes:  # noqa: FBT001
+    """128 bits of a prompt and its answers in any order; bit 0 is their sense.
+
+    That is the label of a single answer (desirable), else which of two answers is the better one: rows that
+    say the opposite of each other differ in this bit alone.
+    """
+    sense = answers[0] > answers[-1] if desirable is None else desirable
     key = blake2b(b"".join((prompt, *sorted(answers))), digest_size=16).digest()
     return bytes([key[0] & 0xFE | sense]) + key[1:]
 
@@ -144,10 +154,9 @@ def texts_digest(fields: tuple[Texts, ...], *, desirable: bool | None = None) ->
     prompt, *answers = (_SEPARATOR.join(texts) for texts in fields)
     if desirable is not None:
         answers = [answers[0].removeprefix(_as_json(desirable))]
-    content = (_SEPARATOR * 2).join((prompt, *sorted(answers)))
-    key = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    sense = answers != sorted(answers) if desirable is None else desirable
-    return bytes([key[0] & 0xFE | sense]) + key[1:]
+    prompt_key, *keys = (exact_digest(text) for text in (prompt, *answers))
+    # A prompt by itself, as overlaps are found, has no sense.
+    return signed_digest(prompt_key, keys, desirable) if keys else prompt_key
 
 
 def num_characters(texts: Texts) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ds_align.data import PreferenceDataset
 from ds_align.data.tables import first_appearances
+from ds_align.data.text_keys import signed_digest
 
 _OPPOSITE = np.array([1, 0], dtype=np.uint64)
 
@@ -32,14 +33,10 @@ def across_parts(data: PreferenceDataset) -> tuple[int, int]:
 
 def _keys(data: PreferenceDataset) -> np.ndarray:
     """uint64 [rows, 2]: equal for equal rows; of those that say the opposite of each other bit 0 differs."""
-    answers = data.tables.completions
+    answers, labels = data.tables.completions, data.tables.desirable
     found = []
     for prompt, numbers in zip(data.prompt_keys, data.completion_index, strict=True):
         digests = [blake2b(answers[number], digest_size=16).digest() for number in numbers]
-        if data.tables.desirable is not None:
-            sense = bool(data.tables.desirable[numbers[0]])
-        else:
-            sense = digests[0] > digests[1]
-        key = blake2b(b"".join((prompt.tobytes(), *sorted(digests))), digest_size=16).digest()
-        found.append(bytes([key[0] & 0xFE | sense]) + key[1:])
+        label = None if labels is None else bool(labels[numbers[0]])
+        found.append(signed_digest(prompt.tobytes(), digests, label))
     return np.frombuffer(b"".join(found), dtype="<u8").reshape(-1, 2)
