@@ -118,7 +118,7 @@ def tokenize_source(job: Job, *, sharing_ranks: int, directory: Path | None = No
         _judge_bad_rows(spool, records, job.config)
         tables = spool.finish()
     counts = {
-        "rows_read": read,
+        "rows_read": read + spool.num_swallowed,
         "rows": len(tables.prompt_index),
         "bad_rows": spool.num_bad,
         **spool.counts,

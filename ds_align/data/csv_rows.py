@@ -71,7 +71,7 @@ class Cells:
         if name in _JSON_COLUMNS:
             return _parse(name, text) if text.strip() else None
         if name in self.lists and text.lstrip().startswith("["):
-            return _parse(name, text)
+            return _list_or_text(text)
         if name in self.texts and text.lstrip()[:1] in ("[", "{"):
             return _messages_or_text(name, text)
         return None if name == "kl_completion" and not text else text
@@ -82,6 +82,15 @@ def _parse(name: str, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"column {name!r} is not JSON ({error}); write the cell with json.dumps") from error
+
+
+def _list_or_text(text: str) -> Any:
+    """A list; text that only begins like one stays, and whoever needs the list says so."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list) else text
 
 
 def _messages_or_text(name: str, text: str) -> Any:

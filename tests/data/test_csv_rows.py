@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ds_align.data.readers import BadRow, Record, open_records
-from ds_align.data.schemas import Columns
+from ds_align.data.schemas import Columns, parse_row
 from ds_align.errors import DataError
 
 TALK = [{"role": "user", "content": 'a "b"\n'}]
@@ -162,8 +162,12 @@ def test_ranked_lists_and_labels_of_other_names(tmp_path):
     assert found.columns == {"prompt": "p", "completions": ["a", "b"], "scores": [1, 2.5], "kto_tag": True}
     (found,) = rows(tmp_path, "mine,prompt\n[1],p\n", Columns(ranks="mine"))
     assert found.columns == {"mine": [1], "prompt": "p"}
-    (bad,) = rows(tmp_path, "scores\n[1\n")
-    assert "column 'scores' is not JSON" in bad.reason
+    # A column of that name may be anything.
+    (found,) = rows(tmp_path, "prompt,answers\np,[1] a note\n")
+    assert found.columns == {"prompt": "p", "answers": "[1] a note"}
+    (broken,) = rows(tmp_path, 'prompt;completions;scores\np;"[""a"", ""b""]";[1, 2\n')
+    bad = parse_row(broken, "ranked", Columns())
+    assert "column 'scores' holds str, expected a list of 2 numbers" in bad.reason
 
 
 def test_carriage_returns_alone_are_named(tmp_path):

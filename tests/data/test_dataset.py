@@ -300,4 +300,5 @@ def test_rows_that_a_lost_quote_took_along_count(bpe, settings, tmp_path):
         inputs="pairs",
         config=settings(on_bad_rows="skip", max_bad_fraction=0.7),
     )
-    assert (len(kept), kept.counts["bad_rows"]) == (200, 400)
+    assert (len(kept), kept.counts["bad_rows"], kept.counts["rows_read"]) == (200, 400, 600)
+    assert any("400 of 600 rows were left out" in note for note in kept.notes)
