@@ -19,6 +19,17 @@ DIALECT_POINTS = 5.0
 _SHOWN_ORIGINS = 5
 
 
+# What only the texts show: kind, what is said of so many rows, the remedy.
+_NEARLY = (
+    ("near_duplicate", "rows nearly repeat an earlier one", "leave them out with --deduplicate near"),
+    (
+        "near_contradictory",
+        "rows say the opposite of another one, case, spaces and vowel signs aside",
+        "decide which are right",
+    ),
+)
+
+
 def repeated_rows(facts: Facts) -> Outcome:
     """Equal, left out, repeated and contradictory preferences; answers that hardly differ where texts are."""
     counts, parts = facts.train.counts, Parts()
@@ -31,7 +42,7 @@ def repeated_rows(facts: Facts) -> Outcome:
     report = facts.texts.duplicates if facts.texts is not None else None
     if report is not None:
         near = report.counts.get("near_equal", 0)
-        parts.value |= {"near_equal": near, "near_duplicate": report.counts.get("near_duplicate", 0)}
+        parts.value["near_equal"] = near
         if near > NEAR_SHARE * report.num_rows:
             parts.add(
                 "warning",
@@ -39,23 +50,10 @@ def repeated_rows(facts: Facts) -> Outcome:
                 "their difference is what is learned: look whether it is the one that is meant",
             )
     examples = {} if report is None else _origins(report.findings)
-    repeats = parts.value.get("near_duplicate", 0)
-    if repeats:
-        parts.add(
-            "warning",
-            f"{repeats} rows nearly repeat an earlier one",
-            "leave them out with --deduplicate near",
-            examples.get("near_duplicate", ()),
-        )
-    opposites = 0 if report is None else report.counts.get("near_contradictory", 0)
-    parts.value["near_contradictory"] = opposites
-    if opposites:
-        parts.add(
-            "warning",
-            f"{opposites} rows say the opposite of another one, case, spaces and vowel signs aside",
-            "decide which are right",
-            examples.get("near_contradictory", ()),
-        )
+    for kind, words, remedy in _NEARLY if report is not None else ():
+        number = parts.value[kind] = report.counts.get(kind, 0)
+        if number:
+            parts.add("warning", f"{number} {words}", remedy, examples.get(kind, ()))
     for kind, (number, words) in seen.items():
         parts.value[kind] = number
         # The readers say themselves which rows they left out.
@@ -63,7 +61,8 @@ def repeated_rows(facts: Facts) -> Outcome:
             parts.add(
                 "warning", f"{number} {words}", "mend or remove them in the file", examples.get(kind, ())
             )
-    if facts.train.parts:
+    # Every row is hashed: too much for each start.
+    if facts.train.parts and not facts.at_start:
         _note_parts(facts.train, parts)
     return parts.outcome("no equal, repeated or contradictory preference")
 
@@ -177,8 +176,10 @@ def _note_overlap(facts: Facts, parts: Parts) -> None:
 
 def _note_forms(facts: Facts, parts: Parts) -> None:
     """Strings are trained as they are, conversations by the chat template: an evaluation says little then."""
-    talks = [bool(data.counts.get("rows_as_messages", 0)) for data in (facts.train, facts.evaluation)]
-    if talks[0] != talks[1]:
+    both = (facts.train, facts.evaluation)
+    talks = [bool(data.counts.get("rows_as_messages", 0)) for data in both]
+    # Of token ids nobody knows what wrote them.
+    if talks[0] != talks[1] and not any(data.counts.get("rows_of_token_ids", 0) for data in both):
         said = ["by the chat template" if is_talk else "as plain strings" for is_talk in talks]
         parts.add(
             "warning",

@@ -39,8 +39,7 @@ def test_repeated_and_contradictory_rows():
     equal = {"prompt": "b", "chosen": "yes", "rejected": "yes"}
     found = check(5, facts_of([row, row, turned, equal, *texts(2)]))
     assert found.level == "warning"
-    counted = {"equal": 1, "unusable": 0, "duplicate": 1, "contradictory": 1, "near_contradictory": 0}
-    assert found.value == counted
+    assert found.value == {"equal": 1, "unusable": 0, "duplicate": 1, "contradictory": 1}
     assert check(5, facts_of(texts(6))).level == "ok"
 
 
@@ -133,6 +132,20 @@ def test_labelled_answers_that_stand_in_two_parts_of_a_mixture(tmp_path):
     found = check(5, mixed(tmp_path, rows, [*turned, rows[5]], method="kto"))
     assert found.value["repeats_across_parts"] == 1
     assert found.value["contradictory_across_parts"] == 4
+
+
+def test_parts_are_held_against_each_other_by_the_command_alone(tmp_path):
+    facts = mixed(tmp_path, texts(6), texts(6))
+    assert check(5, facts).value["repeats_across_parts"] == 6
+    assert "repeats_across_parts" not in check(5, replace(facts, at_start=True)).value
+
+
+def test_token_ids_beside_conversations_are_none():
+    talk = {"prompt": [{"role": "user", "content": "a"}], "chosen": "yes", "rejected": "nay"}
+    tokens, talks = facts_of([ids([5], [6, EOS], [7, EOS])]), facts_of([talk])
+    for train, other in ((tokens, talks), (talks, tokens)):
+        # Nobody knows what wrote the ids.
+        assert check(14, replace(train, evaluation=other.train, eval_set="given")).level == "ok"
 
 
 def test_strings_beside_conversations_are_a_warning():
