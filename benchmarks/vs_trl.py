@@ -124,8 +124,12 @@ def measure(bench: Bench, repeats: int, say: Callable[[str], None]) -> Runs:
         runs.floor.append(bench.run("floor", packs=runs.ours[0]["packs"]))
         say(f"floor {runs.floor[-1]['floor_s']:.3f} s a step")
 
+    sizes = [size for size in bench.case.micro_batches() if size in bench.micro_batches]
+    if not sizes:
+        possible = ", ".join(map(str, bench.case.micro_batches()))
+        raise RunError(f"TRL takes none of these --micro_batches here; give one of {possible}")
     ours()
-    for size in reversed([size for size in bench.case.micro_batches() if size in bench.micro_batches]):
+    for size in reversed(sizes):
         trl(size)
     floor()
     if not runs.trl:

@@ -36,7 +36,13 @@ def random_unpaired(generator: np.random.Generator, count: int) -> list[Unpaired
     return rows
 
 
-def plan_of(table: PreferenceTable, world_size: int, layout: Layout, pack_tokens: int = 200) -> StepPlan:
+def plan_of(
+    table: PreferenceTable,
+    world_size: int,
+    layout: Layout,
+    pack_tokens: int = 200,
+    group_tokens: int | None = None,
+) -> StepPlan:
     return plan_step(
         table,
         world_size=world_size,
@@ -44,6 +50,7 @@ def plan_of(table: PreferenceTable, world_size: int, layout: Layout, pack_tokens
         pack_tokens=pack_tokens,
         reference_tokens=3 * pack_tokens,
         needs_reference=True,
+        group_tokens=group_tokens,
     )
 
 
@@ -211,15 +218,7 @@ def test_a_prompt_stays_whole_up_to_the_tokens_of_a_group() -> None:
     table = PreferenceTable.from_preferences(pairs)
 
     def plan(group_tokens: int | None) -> StepPlan:
-        return plan_step(
-            table,
-            world_size=1,
-            layout=Layout.SHARED,
-            pack_tokens=70,
-            reference_tokens=70,
-            needs_reference=True,
-            group_tokens=group_tokens,
-        )
+        return plan_of(table, 1, Layout.SHARED, pack_tokens=70, group_tokens=group_tokens)
 
     whole, cut = plan(90), plan(None)
     assert [[group.num_tokens for group in pack] for pack in whole.train[0]] == [[90]]
@@ -230,15 +229,7 @@ def test_a_prompt_stays_whole_up_to_the_tokens_of_a_group() -> None:
     assert plan(10).train == cut.train
     other = np.ones(10, dtype=np.int32)
     both = PreferenceTable.from_preferences([*pairs, Pair(other, answers[0], answers[1])])
-    packs = plan_step(
-        both,
-        world_size=1,
-        layout=Layout.SHARED,
-        pack_tokens=70,
-        reference_tokens=70,
-        needs_reference=False,
-        group_tokens=200,
-    ).train[0]
+    packs = plan_of(both, 1, Layout.SHARED, pack_tokens=70, group_tokens=200).train[0]
     assert sorted(sum(group.num_tokens for group in pack) for pack in packs) == [50, 90]
 
 
